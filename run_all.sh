@@ -1,0 +1,108 @@
+#!/usr/bin/env bash
+# The whole comparison, from a data set to the report. Run the same command again to resume it; what is done is skipped.
+#
+#   bash run_all.sh                     digits: embedded, needs nothing downloaded, minutes on a CPU
+#   bash run_all.sh cifar10             CIFAR-10 (ROOT=folder where it already lies), one GPU, an evening
+#   bash run_all.sh FOLDER|FILE.npz     your own images
+#   bash run_all.sh test                the fast tests
+#
+# Sizes come from the environment: STEPS KEEP PER_CLASS NUM_SAMPLES SEEDS MODEL PROCESS RUNS NPROC DEVICE REPORT=full (trajectories and intervals).
+# Output: runs/NAME/<run>/ and runs/NAME/report/report.md. Seeds after the first stand in runs/NAME/<run>-seedN.
+set -euo pipefail
+what=${1:-digits}
+[ -e "$what" ] && what=$(realpath "$what")
+cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")"
+
+# ------------------------------------------------------------------ a Python that has what requirements.txt asks for
+packages="torch torchvision numpy scipy PIL tqdm einops pytorch_fid matplotlib pytest sklearn"
+complete() { "$1" -c "import importlib.util as u, sys; sys.exit(sys.version_info < (3, 10) or any(u.find_spec(p) is None for p in '$packages'.split()))" 2>/dev/null; }
+if [ -e .venv ] || ! complete python3; then
+    if ! complete .venv/bin/python; then
+        echo "installing requirements.txt into .venv (several GB with CUDA; only this once)"
+        python3 -c "import sys; sys.exit(sys.version_info < (3, 10))" || { echo "run_all.sh: error: Python 3.10 or newer is needed" >&2; exit 2; }
+        python3 -m venv .venv
+        .venv/bin/python -m pip install -q -r requirements.txt
+    fi
+    py=.venv/bin/python
+else
+    py=python3
+fi
+if [ "$what" = test ]; then
+    exec "$py" -m pytest -q -m "not slow" tests "${@:2}"
+fi
+
+# ------------------------------------------------------------------ sizes
+case "$what" in
+digits)  NAME=digits;  preset=digits;  : "${STEPS:=700}" "${PER_CLASS:=15}" "${NUM_SAMPLES:=1000}"; budgets="--per-class $PER_CLASS"
+         sampler="--sampler heun --steps 12 --cfg 1.5"; dro="--eta 0.05 --steps 400 --batch-size 64"; source=(digits) ;;
+cifar10) NAME=cifar10; preset=cifar10; : "${STEPS:=20000}" "${PER_CLASS:=100}" "${NUM_SAMPLES:=10000}" "${KEEP:=0.1 0.4}"
+         sampler="--cfg 1.5"; dro=""; source=(cifar10 ${ROOT:+--root "$ROOT"}) ;;
+*)       [ -e "$what" ] || { echo "run_all.sh: error: $what: neither digits, cifar10 nor test, and no such folder or file" >&2; exit 2; }
+         NAME=$(basename "${what%.npz}"); preset=cifar10; : "${STEPS:=20000}" "${PER_CLASS:=100}" "${NUM_SAMPLES:=10000}" "${KEEP:=0.1}"
+         sampler="--cfg 1.5"; dro=""; source=("$what" ${SIZE:+--size "$SIZE"}) ;;
+esac
+: "${SEEDS:=0}" "${NPROC:=1}" "${DEVICE:=auto}" "${REPORT:=short}" "${RUNS:=full random random-attach pruned pruned-dro d2c-select d2c-select-attach}"
+data=data/$NAME out=runs/$NAME
+[ "$NAME" = digits ] || for k in $KEEP; do budgets=${budgets:+$budgets;}"--keep $k"; done
+wants() { case " $RUNS " in *" $1 "*) return 0 ;; esac; return 1; }
+stage() { echo "--- $*"; "$py" "$@"; }
+heavy() {                                                            # the stages that torchrun spreads over NPROC processes
+    if [ "$NPROC" -gt 1 ]; then echo "--- $*"; "$py" -m torch.distributed.run --standalone --nproc_per_node "$NPROC" "$@"; else stage "$@"; fi
+}
+train_sample() {                                                     # train_sample RUN [flags of train.py]: train, then draw from its EMA
+    local run=$1; shift
+    heavy train.py --data "$data" --preset "$preset" --steps "$STEPS" --seed "$seed" --device "$DEVICE" ${MODEL:+--model "$MODEL"} ${PROCESS:+--process "$PROCESS"} "$@" --out "$run"
+    local again=; [ "$run/last.pt" -nt "$run/samples.npy" ] && [ -e "$run/samples.npy" ] && again=--overwrite
+    heavy sample.py --checkpoint "$run/last.pt" --num "$NUM_SAMPLES" $sampler --seed "$seed" --device "$DEVICE" --out "$run" $again
+    measured+=("$run")
+}
+
+# ------------------------------------------------------------------ the runs: each comparison changes one thing
+[ -e "$data/dataset.json" ] || stage data.py "${source[@]}" --out "$data"
+measured=()
+for seed in $SEEDS; do
+    tail=; [ "$seed" = "${SEEDS%% *}" ] || tail=-seed$seed
+    full=$out/full$tail; reference=$full/last.pt
+    train_sample "$full"
+    budget=1; IFS=';' read -ra list <<<"$budgets"
+    for b in "${list[@]}"; do                                        # pruning: every budget has its own random row
+        size=; [ "$budget" = 1 ] || size=-${b##* }
+        if wants random; then
+            stage prune.py --data "$data" --score random $b --seed "$seed" --out "$out/random$size$tail/prune"
+            train_sample "$out/random$size$tail" --indices "$out/random$size$tail/prune/keep.npy"
+        fi
+        if wants pruned || wants pruned-dro; then
+            stage prune.py --data "$data" --surrogate "${SURROGATE:-ddae}" ${SURROGATE_WEIGHTS:+--weights "$SURROGATE_WEIGHTS"} $([ -n "${SURROGATE:-}" ] || echo --weights "$reference") \
+                --score "${SCORE:-gaussian}" $b --seed "$seed" --device "$DEVICE" --out "$out/pruned$size$tail/prune"
+            keep=$out/pruned$size$tail/prune/keep.npy
+        fi
+        if wants pruned; then train_sample "$out/pruned$size$tail" --indices "$keep"; fi
+        if wants pruned-dro; then
+            heavy reweight.py --data "$data" --indices "$keep" --reference "$reference" $dro --seed "$seed" --device "$DEVICE" --out "$out/pruned-dro$size$tail/reweight"
+            train_sample "$out/pruned-dro$size$tail" --indices "$keep" --weights "$out/pruned-dro$size$tail/reweight/weights.npy"
+        fi
+        budget=$((budget + 1))
+    done
+    d2c_random=$out/random$tail/prune/keep.npy                       # D2C: the 2 x 2 of selection and attachment at PER_CLASS images
+    if [ "$NAME" != digits ] && { wants random-attach || wants d2c-select; }; then
+        stage prune.py --data "$data" --score random --per-class "$PER_CLASS" --seed "$seed" --out "$out/d2c-random$tail/prune"
+        d2c_random=$out/d2c-random$tail/prune/keep.npy
+        train_sample "$out/d2c-random$tail" --indices "$d2c_random"
+    fi
+    attach=(--data "$data" --reference "$reference" --text "${TEXT:-minilm}" --visual "${VISUAL:-ddae}" --seed "$seed" --device "$DEVICE")
+    if wants random-attach; then
+        stage attach.py "${attach[@]}" --indices "$d2c_random" --out "$out/random-attach$tail/attach"
+        train_sample "$out/random-attach$tail" --attach "$out/random-attach$tail/attach"
+    fi
+    if wants d2c-select || wants d2c-select-attach; then
+        stage attach.py "${attach[@]}" --per-class "$PER_CLASS" --interval "${INTERVAL:-auto}" --out "$out/d2c-select-attach$tail/attach"
+    fi
+    if wants d2c-select; then train_sample "$out/d2c-select$tail" --indices "$out/d2c-select-attach$tail/attach/keep.npy"; fi
+    if wants d2c-select-attach; then train_sample "$out/d2c-select-attach$tail" --attach "$out/d2c-select-attach$tail/attach"; fi
+done
+
+# ------------------------------------------------------------------ judge and compare
+judge="--data $data --encoder ${JUDGE:-scratch} --device $DEVICE"
+stage evaluate.py $judge --runs "${measured[@]}" $([ "$REPORT" = full ] && echo --bootstrap 20)
+[ "$REPORT" = full ] && stage evaluate.py $judge --runs "${measured[@]}" --trajectory
+stage report.py "${measured[@]}" --out "$out/report"

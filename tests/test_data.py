@@ -1,0 +1,407 @@
+"""data.py: every kind of source, the ADM crop against a slow version of its own, and each mistake a user can make."""
+import hashlib
+import json
+import pickle
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import common
+import data
+
+RNG = np.random.default_rng(0)
+
+
+def noise(*shape):
+    return RNG.integers(0, 256, shape, dtype=np.uint8)
+
+
+def save(path, pixels, **kw):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)).save(path, **kw)
+
+
+def run(*argv):
+    data.main([str(a) for a in argv])
+
+
+def fails(capsys, out, *argv):
+    """The one line of a call that must end with code 2 and leave `out` as it was."""
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} if out.exists() else None
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as e:
+        run(*argv, "--out", out)
+    err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("data.py: error:")]
+    assert e.value.code == 2 and len(err) == 1
+    assert before == ({p: p.read_bytes() for p in out.rglob("*") if p.is_file()} if out.exists() else None)
+    return err[0]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two classes, names that sort differently as text, odd depths and suffixes, things to ignore."""
+    top = tmp_path / "pictures"
+    for name in ("b10/x1.png", "b9/deep/er/y2.PNG", "b9/deep/y10.bmp", "b9/img10.tif", "b9/img9.Png", "b10/z.ppm"):
+        save(top / name, noise(6, 6, 3))
+    (top / "b9" / ".hidden.png").write_bytes(b"junk")
+    (top / "b9" / "notes.txt").write_text("no image")
+    (top / ".git").mkdir()
+    (top / "b9" / "loop").symlink_to(top / "b9")
+    return top
+
+
+# ---- one image
+def slow_resize(a, height, width, kernel, support):
+    """Separable resampling with the kernel stretched when shrinking, 8-bit rounding after each pass, in plain loops."""
+    def axis(a, n):                                                   # along axis 0
+        scale = len(a) / n
+        stretch, out = max(scale, 1.0), np.zeros((n, *a.shape[1:]))
+        for i in range(n):
+            centre, total = (i + 0.5) * scale, 0.0
+            lo, hi = max(0, int(centre - support * stretch + 0.5)), min(len(a), int(centre + support * stretch + 0.5))
+            for j in range(lo, hi):
+                w = kernel((j - centre + 0.5) / stretch)
+                out[i] += w * a[j]
+                total += w
+            out[i] /= total
+        return np.floor(out + 0.5).clip(0, 255)
+    a = axis(a.astype(float).transpose(1, 0, 2), width).transpose(1, 0, 2)
+    return axis(a, height)
+
+
+def box(x):
+    return 1.0 if -0.5 < x <= 0.5 else 0.0
+
+
+def bicubic(x, a=-0.5):
+    x = abs(x)
+    return (a + 2) * x**3 - (a + 3) * x**2 + 1 if x < 1 else a * (x**3 - 5 * x**2 + 8 * x - 4) if x < 2 else 0.0
+
+
+@pytest.mark.parametrize("height, width, size", [(45, 37, 8), (16, 33, 8), (5, 9, 8), (11, 8, 8), (8, 11, 8), (32, 32, 8), (30, 15, 8), (9, 9, 1)])
+def test_adm_crop_equals_slow_version(height, width, size):
+    pixels = noise(height, width, 3)
+    a = pixels.astype(float)
+    while min(a.shape[:2]) >= 2 * size:
+        a = slow_resize(a, a.shape[0] // 2, a.shape[1] // 2, box, 0.5)
+    scale = size / min(a.shape[:2])
+    a = slow_resize(a, round(a.shape[0] * scale), round(a.shape[1] * scale), bicubic, 2.0)
+    y, x = (a.shape[0] - size) // 2, (a.shape[1] - size) // 2
+    difference = np.abs(np.asarray(data.adm_crop(Image.fromarray(pixels), size), float) - a[y:y + size, x:x + size])
+    assert difference.shape == (size, size, 3)
+    assert difference.max() <= 1 and difference.mean() < 0.02         # Pillow sums in fixed point
+
+
+@pytest.mark.parametrize("suffix", ["png", "bmp", "tiff", "webp", "gif", "ppm", "tga", "jpg", "JPEG"])
+def test_formats(tmp_path, suffix):
+    flat = np.full((8, 8, 3), (200, 40, 90), np.uint8)
+    flat[:4] = (10, 20, 250)
+    save(tmp_path / "s" / "a" / f"1.{suffix}", flat, **({"lossless": True} if suffix == "webp" else {}))
+    run(tmp_path / "s", "--out", tmp_path / "o")
+    got = np.load(tmp_path / "o" / "images.npy")
+    assert got.shape == (1, 8, 8, 3)
+    assert np.abs(got[0].astype(int) - flat)[[0, 7]].max() <= (8 if suffix.lower() in ("jpg", "jpeg") else 0)
+
+
+def test_modes(tmp_path):
+    def read(image, name="x.png", **kw):
+        save(tmp_path / name, image, **kw)
+        return data.read_image(tmp_path / name)
+    wide = np.array([[0, 128, 129, 257 * 7, 257 * 7 + 129, 65535]], np.uint16)
+    pixels, grey = read(Image.fromarray(wide))
+    assert grey and pixels[0, :, 0].tolist() == [0, 0, 1, 7, 8, 255]
+    pixels, grey = read(Image.fromarray(wide.astype(np.int32)), "x.tif")    # mode I
+    assert grey and pixels[0, :, 0].tolist() == [0, 0, 1, 7, 8, 255]
+    pixels, grey = read(Image.fromarray(np.array([[0, 255]], np.uint8)).convert("1"))
+    assert grey and pixels.tolist() == [[[0] * 3, [255] * 3]]
+    rgba = np.array([[[100, 0, 50, 0], [100, 0, 50, 255], [100, 0, 50, 51]]], np.uint8)
+    pixels, grey = read(Image.fromarray(rgba))
+    assert not grey and pixels.tolist() == [[[255] * 3, [100, 0, 50], [224, 204, 214]]]    # 0.2 * colour + 0.8 * 255
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([1, 2, 3, 40, 50, 60])
+    palette.putpixel((1, 0), 1)
+    assert read(palette)[0].tolist() == [[[1, 2, 3], [40, 50, 60]]]
+    assert read(palette, transparency=1)[0].tolist() == [[[1, 2, 3], [255] * 3]]
+    pixels, grey = read(Image.merge("LA", [Image.new("L", (2, 1), 100), Image.new("L", (2, 1), 0)]))
+    assert grey and (pixels == 255).all()
+    pixels, grey = read(Image.new("CMYK", (1, 1), (0, 255, 255, 0)), "x.tif")
+    assert not grey and pixels.tolist() == [[[255, 0, 0]]]
+    exif = Image.Exif()
+    exif[0x112] = 6                                                   # stored turned: to be shown 90 degrees clockwise
+    stored = noise(2, 3, 3)
+    assert (read(Image.fromarray(stored), exif=exif)[0] == np.rot90(stored, -1)).all()
+    with pytest.raises(ValueError, match="float pixels"):
+        read(Image.fromarray(np.zeros((2, 2), np.float32)), "f.tif")
+
+
+# ---- sources
+def test_digits(tmp_path):
+    sklearn_datasets = pytest.importorskip("sklearn.datasets")
+    run("digits", "--out", tmp_path)
+    d = common.open_data(tmp_path)
+    assert d.images.shape == (1500, 8, 8, 1) and d.test_images.shape == (297, 8, 8, 1) and d.classes[7] == "seven"
+    assert np.bincount(d.labels).tolist() == [150] * 10
+    raw = sklearn_datasets.load_digits()
+    known = sorted((*np.rint(x * 255 / 16).astype(int).ravel(), y) for x, y in zip(raw.images, raw.target))
+    ours = sorted((*x.astype(int).ravel(), y) for x, y in [*zip(d.images, d.labels), *zip(d.test_images, d.test_labels)])
+    assert known == ours                                              # every image once: the splits are disjoint and complete
+    assert data.DIGITS.stat().st_size < 100_000
+    h = hashlib.sha256(b"(1500, 8, 8, 1)" + d.images.tobytes() + d.labels.astype("<i8").tobytes())
+    assert d.info["sha256"] == h.hexdigest() == "87374d0d28ac64b09a50c1672a5d35ae935a0180742e382aaf468ac074a5ac7c"
+    assert Image.open(tmp_path / "preview.png").size == (660, 660)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([
+        "images.npy", "labels.npy", "classes.txt", "files.txt", "dataset.json", "preview.png", "test_images.npy", "test_labels.npy",
+        "data.args.json"])
+
+
+def test_folder_order_and_content(folder, tmp_path, capsys):
+    run(folder, "--out", tmp_path / "o")
+    d = common.open_data(tmp_path / "o")
+    names = (tmp_path / "o" / "files.txt").read_text().splitlines()
+    assert d.classes == ["b9", "b10"] and d.labels.tolist() == [0, 0, 0, 0, 1, 1]
+    assert names == ["b9/deep/er/y2.PNG", "b9/deep/y10.bmp", "b9/img9.Png", "b9/img10.tif", "b10/x1.png", "b10/z.ppm"]
+    for name, pixels in zip(names, d.images):
+        assert (pixels == np.asarray(Image.open(folder / name))).all()
+    text = capsys.readouterr().out
+    assert "1 files without the suffix" in text and "2 classes hold fewer than 10" in text
+
+
+def test_classes_txt_orders_the_labels(folder, tmp_path):
+    for text, expected in (("b10\nb9\n", ["b10", "b9"]), ("1 of another kind\n", ["b9", "b10"])):
+        (folder / "classes.txt").write_text(text)
+        run(folder, "--overwrite", "--out", tmp_path / "o")
+        d = common.open_data(tmp_path / "o")
+        assert d.classes == expected and np.bincount(d.labels).tolist() == [{"b9": 4, "b10": 2}[c] for c in expected]
+
+
+def test_workers_and_reruns_agree(tmp_path):
+    for i in range(300):
+        save(tmp_path / "s" / f"c{i % 3}" / f"{i}.png", noise(9, 12, 3) if i == 0 else noise(9, 12))    # one in colour, the first
+    sums = []
+    for workers in (1, 2):
+        run(tmp_path / "s", "--size", 7, "--workers", workers, "--out", tmp_path / f"o{workers}")
+        sums.append([(tmp_path / f"o{workers}" / f).read_bytes() for f in ("images.npy", "labels.npy", "files.txt", "preview.png", "dataset.json")])
+    assert sums[0] == sums[1]
+    first = np.asarray(data.adm_crop(Image.open(tmp_path / "s" / "c0" / "0.png"), 7))
+    got = np.load(tmp_path / "o2" / "images.npy")
+    assert got.shape == (300, 7, 7, 3) and (got[0] == first).all() and (first[..., 0] != first[..., 1]).any()
+
+
+def test_splits_grey_and_one_class(tmp_path):
+    for name in ("train/b/1.png", "train/a/1.png", "val/b/1.png"):
+        save(tmp_path / "s" / name, noise(4, 4))
+    run(tmp_path / "s", "--out", tmp_path / "o")
+    d = common.open_data(tmp_path / "o")
+    assert d.images.shape == (2, 4, 4, 1) and d.test_images.shape == (1, 4, 4, 1) and d.test_labels.tolist() == [1]
+    assert (d.images[1, :, :, 0] == np.asarray(Image.open(tmp_path / "s/train/b/1.png"))).all()
+    save(tmp_path / "s/val/b/2.png", noise(4, 4, 3))                  # one colour image anywhere: colour everywhere
+    run(tmp_path / "s", "--out", tmp_path / "o", "--overwrite")
+    d = common.open_data(tmp_path / "o")
+    assert d.images.shape == (2, 4, 4, 3) and d.test_images.shape == (2, 4, 4, 3) and (d.images[..., 0] == d.images[..., 2]).all()
+    run(tmp_path / "s" / "train" / "a", "--out", tmp_path / "one")
+    assert common.open_data(tmp_path / "one").classes == ["image"]
+    save(tmp_path / "rail" / "train" / "1.png", noise(4, 4))          # train beside other folders is a class
+    save(tmp_path / "rail" / "bus" / "1.png", noise(4, 4))
+    run(tmp_path / "rail", "--out", tmp_path / "r")
+    assert common.open_data(tmp_path / "r").classes == ["bus", "train"]
+
+
+def test_npz(tmp_path):
+    x, y = noise(6, 5, 5), np.array([2, 0, 1, 1, 0, 2], np.uint8)
+    np.savez(tmp_path / "a.npz", images=x, labels=y, test_images=x[:2], test_labels=y[:2], classes=np.array(["p", "q", "r"]))
+    run(tmp_path / "a.npz", "--out", tmp_path / "a")
+    d = common.open_data(tmp_path / "a")
+    assert (d.images[..., 0] == x).all() and d.labels.tolist() == y.tolist() and d.classes == ["p", "q", "r"] and d.test_labels.tolist() == [2, 0]
+    assert np.load(tmp_path / "a" / "labels.npy").dtype == np.int64
+    rgb = np.asfortranarray(noise(3, 8, 8, 3))
+    np.savez_compressed(tmp_path / "b.npz", rgb, np.array([0, 1, 0]))
+    run(tmp_path / "b.npz", "--out", tmp_path / "b", "--size", 4)
+    got = np.load(tmp_path / "b" / "images.npy")
+    assert got.shape == (3, 4, 4, 3) and (got[2] == np.asarray(data.adm_crop(Image.fromarray(np.ascontiguousarray(rgb[2])), 4))).all()
+    np.savez(tmp_path / "c.npz", images=x)
+    run(tmp_path / "c.npz", "--out", tmp_path / "c", "--size", 3)
+    d = common.open_data(tmp_path / "c")
+    assert d.num_classes == 1 and d.images.shape == (6, 3, 3, 1)
+
+
+def fake_cifar(root, monkeypatch):
+    """Batches in the real pickled form, and torchvision's md5 lists set to theirs."""
+    from torchvision.datasets import CIFAR10
+    base = root / "cifar-10-batches-py"
+    base.mkdir(parents=True)
+    names = "airplane automobile bird cat deer dog frog horse ship truck".split()
+
+    def write(name, content):
+        (base / name).write_bytes(pickle.dumps(content, protocol=2))
+        return hashlib.md5((base / name).read_bytes()).hexdigest()
+    pixels = {f: noise(20, 3072) for f in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]}
+    sums = {f: write(f, {"data": v, "labels": [i % 10 for i in range(20)], "filenames": ["x"] * 20}) for f, v in pixels.items()}
+    monkeypatch.setattr(CIFAR10, "train_list", [[f, m] for f, m in sums.items() if f != "test_batch"])
+    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", sums["test_batch"]]])
+    monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": write("batches.meta", {"label_names": names})})
+    return base, np.concatenate([v for f, v in pixels.items() if f != "test_batch"]), names
+
+
+def test_cifar10_local(tmp_path, monkeypatch, capsys):
+    from torchvision.datasets import CIFAR10
+    base, pixels, names = fake_cifar(tmp_path / "root", monkeypatch)
+    run("cifar10", "--root", tmp_path / "root", "--out", tmp_path / "o")
+    d = common.open_data(tmp_path / "o")
+    assert d.classes == names and d.images.shape == (100, 32, 32, 3) and d.test_images.shape == (20, 32, 32, 3) and d.labels[13] == 3
+    assert d.images[70, 5, 9].tolist() == [pixels[70, c * 1024 + 5 * 32 + 9] for c in range(3)]
+    run("cifar10", "--root", base, "--out", tmp_path / "o2")          # the inner folder itself
+    assert common.open_data(tmp_path / "o2").info["sha256"] == d.info["sha256"]
+
+    class Trap:                                                       # runs code when unpickled; its md5 is not the known one
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "executed",)
+    (base / "data_batch_2").write_bytes(pickle.dumps(Trap()))
+    monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")
+    message = fails(capsys, tmp_path / "o3", "cifar10", "--root", tmp_path / "root")
+    assert "cifar-10-python.tar.gz" in message and str(tmp_path / "root") in message and not (tmp_path / "executed").exists()
+    assert "--root" in fails(capsys, tmp_path / "o3", "cifar10", "--root", tmp_path / "no" / "where")
+    assert not (tmp_path / "no").exists()
+
+
+# ---- subsets
+def test_subset_and_as_folder(tmp_path):
+    run("digits", "--out", tmp_path / "full")
+    full = common.open_data(tmp_path / "full")
+    keep = np.sort(np.concatenate([np.flatnonzero(full.labels == k)[3:6] for k in range(10)]))
+    np.save(tmp_path / "keep.npy", keep)
+    run(tmp_path / "full", "--indices", tmp_path / "keep.npy", "--out", tmp_path / "sub")
+    sub = common.open_data(tmp_path / "sub")
+    assert (sub.images == full.images[keep]).all() and (sub.labels == full.labels[keep]).all() and (sub.test_images == full.test_images).all()
+    assert sub.info["parent"] == full.info["sha256"] != sub.info["sha256"]
+    assert (tmp_path / "sub" / "files.txt").read_text().splitlines() == [f"images[{i}]" for i in keep]
+    run("digits", "--indices", tmp_path / "keep.npy", "--out", tmp_path / "sub2")
+    assert common.open_data(tmp_path / "sub2").info["sha256"] == sub.info["sha256"]
+    run(tmp_path / "full", "--indices", tmp_path / "keep.npy", "--as-folder", "--out", tmp_path / "png")
+    first = tmp_path / "png" / "train" / full.classes[full.labels[keep[0]]] / f"{keep[0]:06d}.png"
+    assert (np.asarray(Image.open(first)) == full.images[keep[0], :, :, 0]).all()
+    assert not list((tmp_path / "png").rglob("*.npy"))
+    run(tmp_path / "png", "--out", tmp_path / "back")                 # and back: grouped by class, otherwise the same
+    back, order = common.open_data(tmp_path / "back"), np.argsort(sub.labels, kind="stable")
+    assert back.classes == sub.classes and (back.images == sub.images[order]).all() and (back.labels == sub.labels[order]).all()
+    assert len(back.test_images) == 297
+
+
+def test_names_in_an_npz_cannot_leave_the_folder(tmp_path):
+    np.savez(tmp_path / "a.npz", images=noise(2, 4, 4), labels=[0, 1], classes=np.array(["../../out", "/etc"]))
+    run(tmp_path / "a.npz", "--as-folder", "--out", tmp_path / "deep" / "er" / "o")
+    assert sorted(str(p.relative_to(tmp_path / "deep/er/o")) for p in tmp_path.rglob("*.png")) == ["_.._out/000000.png", "_etc/000001.png"]
+
+
+# ---- resume
+def test_resume(folder, tmp_path, capsys):
+    out = tmp_path / "new" / "o"
+    run(folder, "--out", out)
+    (out / "scratch.pt").write_bytes(b"derived from the old content")
+    stamp = (out / "images.npy").stat().st_mtime_ns
+    run(folder, "--out", out, "--workers", 1)
+    assert "nothing to do" in capsys.readouterr().out and (out / "images.npy").stat().st_mtime_ns == stamp
+    (out / "dataset.json").unlink()                                   # interrupted before the end
+    run(folder, "--out", out)
+    assert (out / "dataset.json").exists() and not (out / "scratch.pt").exists()
+    (folder / "b9" / "img9.Png").write_bytes(b"broken")               # a failed --overwrite leaves the old folder
+    assert "img9.Png" in fails(capsys, out, folder, "--overwrite")
+    run(folder, "--out", out)
+    assert "nothing to do" in capsys.readouterr().out
+    assert "--size" in fails(capsys, out, folder, "--size", 4)
+
+
+# ---- mistakes
+def test_bad_folders(folder, tmp_path, capsys):
+    out = tmp_path / "deep" / "o"
+
+    def message(*more):
+        text = fails(capsys, out, folder, *more)
+        assert not (tmp_path / "deep").exists()
+        return text
+    assert "no such source" in fails(capsys, out, tmp_path / "nothing")
+    assert "neither a folder" in fails(capsys, out, folder / "b9" / "notes.txt")
+    assert "lies in the source" in fails(capsys, folder / "o", folder)
+    assert ">= 1" in message("--size", 0)
+    (folder / "b11").mkdir()
+    assert "b11" in message()
+    (folder / "b11").rmdir()
+    save(folder / "b10" / "larger.png", noise(7, 6, 3))
+    text = message()
+    assert "larger.png: 6x7" in text and "--size" in text
+    run(folder, "--size", 12, "--out", tmp_path / "up")               # smaller than the size: enlarged
+    assert common.open_data(tmp_path / "up").images.shape == (7, 12, 12, 3)
+    whole = (folder / "b10" / "x1.png").read_bytes()
+    for broken in (b"", b"text", whole[:60], whole[:-40]):
+        (folder / "b10" / "x1.png").write_bytes(broken)
+        for workers in (1, 2):
+            assert "x1.png: unreadable" in message("--size", 6, "--workers", workers)
+    capsys.readouterr()
+    run(folder, "--size", 6, "--skip-bad", "--out", tmp_path / "skip")
+    d = common.open_data(tmp_path / "skip")
+    assert len(d.images) == 6 and d.info["skipped"] == 1 and "1 skipped" in capsys.readouterr().out
+    names = (tmp_path / "skip" / "files.txt").read_text().splitlines()
+    assert "b10/x1.png" not in names and (d.images[names.index("b10/z.ppm")] == np.asarray(Image.open(folder / "b10" / "z.ppm"))).all()
+    np.save(tmp_path / "k.npy", np.arange(2))
+    assert "shift" in message("--skip-bad", "--indices", tmp_path / "k.npy")
+    for f in ("z.ppm", "larger.png"):
+        (folder / "b10" / f).write_bytes(b"")
+    assert "b10" in message("--size", 6, "--skip-bad")
+    (tmp_path / "empty").mkdir()
+    assert "no image" in fails(capsys, out, tmp_path / "empty")
+
+
+def test_bombs(tmp_path, capsys, monkeypatch):
+    for limit in (60, 40):                                            # 64 pixels: above the limit, where Pillow only warns; nearly twice
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        save(tmp_path / "s" / "big.png", noise(8, 8))
+        assert "big.png: unreadable image (DecompressionBomb" in fails(capsys, tmp_path / "o", tmp_path / "s", "--size", 4)
+    header = b"\x93NUMPY\x01\x00\x76\x00" + b"{'descr': '|u1', 'fortran_order': False, 'shape': (100000, 5000, 5000, 3), }".ljust(117) + b"\n"
+    with zipfile.ZipFile(tmp_path / "liar.npz", "w") as z:
+        z.writestr("images.npy", header + b"0" * 10)
+    assert "claims 7500000000000 bytes but holds 10" in fails(capsys, tmp_path / "o", tmp_path / "liar.npz")
+    np.savez_compressed(tmp_path / "zeros.npz", images=np.zeros((100, 64, 64), np.uint8))
+    monkeypatch.setattr(data, "free_memory", lambda: 300_000)
+    assert "memory" in fails(capsys, tmp_path / "o", tmp_path / "zeros.npz")
+
+
+def test_bad_npz(tmp_path, capsys):
+    x, f = noise(4, 3, 3), tmp_path / "a.npz"
+
+    def message(*more, **arrays):
+        np.savez(f, **arrays)
+        text = fails(capsys, tmp_path / "o", f, *more)
+        assert not (tmp_path / "o").exists() and "a.npz" in text
+        return text
+    assert "(3,)" in message(images=x, labels=[0, 1, 0])
+    assert "-1..1" in message(images=x, labels=[0, 1, 0, -1])
+    assert "float64" in message(images=x, labels=[0., 1, 0, 1])
+    assert "1..4" in message(images=x, labels=[1, 2, 3, 4])           # class 0 would be empty
+    assert "0..9999999999" in message(images=x, labels=[0, 1, 2, 9999999999])
+    assert "float32" in message(images=x.astype(np.float32))
+    assert "(4, 3, 3, 2)" in message(images=noise(4, 3, 3, 2))
+    assert "missing" in message(images=x, labels=[0, 1, 0, 1], test_images=x)
+    assert "test_labels run" in message(images=x, labels=[0, 1, 0, 1], test_images=x, test_labels=[0, 1, 2, 0])
+    assert "test_images are" in message(images=x, test_images=noise(2, 4, 4))
+    assert "'classes'" in message(images=x, labels=[0, 1, 0, 1], classes=["a"])
+    assert "pickled" in message(images=np.array([x, None], dtype=object))
+    assert "holds pictures" in message(pictures=x)
+    f.write_bytes(f.read_bytes()[:-30])
+    assert "not a readable" in fails(capsys, tmp_path / "o", f)
+    for keep, text in (([3, 9], "0..3"), ([1, 1], "repeats"), ([0, 2], "class 1 keeps")):
+        np.save(tmp_path / "keep.npy", keep)
+        np.savez(f, images=x, labels=[0, 1, 0, 1])
+        assert text in fails(capsys, tmp_path / "o", f, "--indices", tmp_path / "keep.npy")
+
+
+def test_as_a_program(tmp_path):
+    call = [sys.executable, data.__file__, "digits", "--out", str(tmp_path / "o"), "--size", "4"]
+    done = subprocess.run(call, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "1500 images 4x4x1" in done.stdout
+    assert json.loads((tmp_path / "o" / "dataset.json").read_text())["height"] == 4
+    done = subprocess.run([*call[:-1], "none"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "--size" in done.stderr

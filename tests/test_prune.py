@@ -1,0 +1,458 @@
+"""prune.py: each score against scikit-learn or a plain loop, counts, ties, resume, and one clear line for each mistake."""
+import hashlib
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import prune
+
+ROOT = Path(prune.__file__).parent
+
+
+def make_data(folder, sizes=(9, 14, 6), side=8, seed=0, channels=1):
+    """A data folder as data.py writes it, classes interleaved."""
+    rng = np.random.default_rng(seed)
+    folder.mkdir()
+    labels = rng.permutation(np.repeat(np.arange(len(sizes)), sizes)).astype(np.int64)
+    images = (rng.integers(0, 120, (len(labels), side, side, channels)) + 40 * labels[:, None, None, None]).astype(np.uint8)
+    np.save(folder / "images.npy", images)
+    np.save(folder / "labels.npy", labels)
+    (folder / "classes.txt").write_text("".join(f"class{c}\n" for c in range(len(sizes))))
+    digest = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
+    (folder / "dataset.json").write_text(json.dumps({"name": "test", "sha256": digest}))
+    return folder
+
+
+@pytest.fixture
+def data(tmp_path):
+    return make_data(tmp_path / "data")
+
+
+def run(data, out, *flags):
+    prune.main(["--data", str(data), "--out", str(out), "--device", "cpu", *map(str, flags)])
+    return np.load(out / "scores.npy"), np.load(out / "keep.npy")
+
+
+def refused(capsys, data, out, *flags):
+    """The one line of an exit with code 2 that left nothing behind."""
+    with pytest.raises(SystemExit) as e:
+        run(data, out, *flags)
+    text = capsys.readouterr().err.strip()
+    assert e.value.code == 2 and "\n" not in text and text.startswith("prune.py: error:") and not out.exists(), text
+    return text
+
+
+def features(n, D=12, seed=0, duplicates=False):
+    z = np.random.default_rng(seed).normal(size=(n, D)) @ np.random.default_rng(1).normal(size=(D, D)) + 3
+    if duplicates:
+        z[n // 2:] = z[:n - n // 2]
+    return z.astype(np.float32)
+
+
+def tie_of(n, seed=7):
+    return np.random.default_rng(seed).permutation(n)
+
+
+# ---------------------------------------------------------------------------------------------- the scores
+@pytest.mark.parametrize("n, D", [(200, 12), (40, 40), (41, 40), (39, 40), (25, 60)])
+def test_gaussian_is_sklearns(n, D, monkeypatch):
+    from sklearn.mixture import GaussianMixture
+    z = features(n, D).astype(np.float64)
+    want = GaussianMixture(1, reg_covar=1e-5, means_init=z.mean(0)[None]).fit(z).score_samples(z)
+    chunks = prune.chunks
+    monkeypatch.setattr(prune, "chunks", lambda z, width=0: chunks(z, width, limit=8 * D * 7))     # seven rows at a time
+    got = prune.gaussian_score(prune.Rows(features(n, D), np.arange(n)))
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    if n > D:
+        assert (np.argsort(got) == np.argsort(want)).all()
+
+
+def test_gaussian_order_survives_fewer_images_than_dimensions():
+    from fractions import Fraction
+    z = np.random.default_rng(3).integers(-4, 5, (5, 9))              # the same formula in exact arithmetic
+    n, D = z.shape
+    x = [[Fraction(int(v)) - Fraction(int(z[:, j].sum()), n) for j, v in enumerate(r)] for r in z]
+    eps = Fraction(1e-5)
+    S = [[sum(r[i] * r[j] for r in x) / n + (eps if i == j else 0) for j in range(D)] for i in range(D)]
+    maha = []
+    for r in x:                                                       # solve S y = r by elimination
+        A = [row[:] + [v] for row, v in zip(S, r)]
+        for k in range(D):
+            A[k] = [v / A[k][k] for v in A[k]]
+            for i in range(D):
+                if i != k:
+                    A[i] = [a - A[i][k] * b for a, b in zip(A[i], A[k])]
+        maha.append(sum(v * A[i][D] for i, v in enumerate(r)))
+    got = prune.gaussian_score(z.astype(np.float32))
+    differences = [float(-(m - maha[0]) / 2) for m in maha]           # about 1e-6 of the distances themselves
+    np.testing.assert_allclose(got - got[0], differences, rtol=1e-4, atol=1e-12)
+
+
+def test_gaussian_refuses_what_float64_cannot_hold():
+    z = np.tile([[2.0**40, 2.0**40], [-2.0**40, -2.0**40]], (5, 1))   # two equal columns of variance 2^80, exact in float64: the ridge is lost
+    with pytest.raises(ValueError, match="scale them down"):
+        prune.gaussian_score(z)
+
+
+@pytest.mark.parametrize("n", [1, 2, 11, 30])
+@pytest.mark.parametrize("duplicates", [False, True])
+def test_moderate_is_the_plain_loop(n, duplicates):
+    z, tie = features(n, 5, duplicates=duplicates), tie_of(n)
+    median = [sorted(z[:, j].tolist()) for j in range(5)]
+    median = [(c[(n - 1) // 2] + c[n // 2]) / 2 for c in median]
+    d = [math.sqrt(sum((float(v) - c) ** 2 for v, c in zip(r, median))) for r in z]
+    want = [-abs(sum((d[j], tie[j]) < (d[i], tie[i]) for j in range(n)) - (n - 1) / 2) for i in range(n)]
+    assert prune.moderate_score(z, tie).tolist() == want
+    assert prune.moderate_score(prune.Rows(np.concatenate([z, z + 1]), np.arange(n)), tie).tolist() == want
+
+
+def plain_kcenter(z, m, tie):
+    dist = lambda a, b: sum((float(x) - float(y)) ** 2 for x, y in zip(a, b))
+    mean = z.astype(np.float64).mean(0)
+    picked = [min(range(len(z)), key=lambda i: (dist(z[i], mean), tie[i]))]
+    while len(picked) < m:
+        picked.append(min((i for i in range(len(z)) if i not in picked), key=lambda i: (-min(dist(z[i], z[p]) for p in picked), tie[i])))
+    return picked
+
+
+def plain_herding(z, m, tie):
+    z = z.astype(np.float64)
+    mu = z.mean(0)
+    w, picked = mu.copy(), []
+    for _ in range(m):
+        i = max((i for i in range(len(z)) if i not in picked), key=lambda i: (round(float(w @ z[i]), 9), -tie[i]))
+        picked.append(i)
+        w = w + mu - z[i]
+    return picked
+
+
+def plain_ccs(d, m, tie):
+    n = len(d)
+    order = sorted(range(n), key=lambda i: (d[i], tie[i]))
+    order = order[:n - min(int(0.1 * n), n - m)]
+    lo, hi = min(d[i] for i in order), max(d[i] for i in order)
+    strata = [[] for _ in range(50)]
+    for i in order:
+        strata[min(int(50 * ((d[i] - lo) / (hi - lo))), 49) if hi > lo else 0].append(i)
+    picked, left = [], m
+    while strata:
+        smallest = min(strata, key=len)                               # first among equals, as a stable sort has it
+        share = min(len(smallest), left // len(strata))
+        picked += sorted(smallest, key=lambda i: tie[i])[:share]
+        left -= share
+        strata.pop(next(k for k, s in enumerate(strata) if s is smallest))
+    return picked
+
+
+def order_of(score):
+    """The picks in their order, read off the scores."""
+    picked = np.flatnonzero(np.isfinite(score))
+    assert sorted(-score[picked]) == list(range(len(picked)))
+    return picked[np.argsort(-score[picked])].tolist()
+
+
+@pytest.mark.parametrize("m", [1, 2, 9, 24])
+@pytest.mark.parametrize("score, plain", [(prune.kcenter_score, plain_kcenter), (prune.herding_score, plain_herding)])
+def test_pickers_are_the_plain_loops(score, plain, m):
+    z, tie = features(24, 5), tie_of(24)
+    assert order_of(score(z, m, tie)) == plain(z, m, tie)
+    integers = np.random.default_rng(5).integers(0, 3, (24, 2)).astype(np.float32) * 4             # many exact ties and duplicates
+    integers = np.concatenate([integers, 8 - integers])               # mean exactly (4, 4)
+    assert order_of(score(integers, m, tie_of(48))) == plain(integers, m, tie_of(48))
+
+
+@pytest.mark.parametrize("n, m", [(1, 1), (40, 1), (40, 17), (40, 36), (40, 37), (40, 40), (500, 250)])
+@pytest.mark.parametrize("kind", ["spread", "skewed", "equal"])
+def test_ccs_is_the_plain_loop(n, m, kind):
+    d = np.random.default_rng(2).random(n) ** (4 if kind == "skewed" else 1) * (kind != "equal")
+    got = order_of(prune.ccs_score(d, m, tie_of(n)))
+    assert got == plain_ccs(d.tolist(), m, tie_of(n)) and len(got) == m
+    if kind == "spread" and n == 500:
+        assert not set(got) & set(np.argsort(d)[-50:])                # the hardest tenth is gone
+        assert len({int(50 * v / 0.9) for v in d[got]}) >= 49         # every stratum is there
+
+
+@pytest.mark.parametrize("m", [1, 5, 30])
+def test_cluster_takes_the_nearest_to_each_centre(m):
+    z, tie = features(30, 4), tie_of(30)
+    C, sizes = prune.kmeans(z, m, np.random.default_rng(3))
+    want = []
+    for j in sorted(range(m), key=lambda j: (-sizes[j], j)):
+        want.append(min((i for i in range(30) if i not in want), key=lambda i: float(((z[i] - C[j]) ** 2).sum())))
+    assert order_of(prune.cluster_score(z, m, tie, np.random.default_rng(3))) == want
+
+
+def test_kmeans_finds_separate_blobs_and_stands_duplicates():
+    rng = np.random.default_rng(0)
+    where = np.array([[0, 0], [50, 0], [0, 50], [50, 50]])
+    z = (where[np.arange(80) % 4] + rng.normal(size=(80, 2))).astype(np.float32)
+    C, sizes = prune.kmeans(z, 4, rng)
+    assert sorted(sizes) == [20] * 4
+    for w in where:
+        np.testing.assert_allclose(C[((C - w) ** 2).sum(1).argmin()], z[(np.arange(80) % 4) == where.tolist().index(w.tolist())].mean(0), rtol=1e-6)
+    inertia = ((z[:, None] - C) ** 2).sum(2).min(1).sum()
+    from sklearn.cluster import KMeans
+    assert inertia <= KMeans(4, n_init=3, random_state=0).fit(z).inertia_ * (1 + 1e-6)
+    picked = order_of(prune.cluster_score(np.ones((6, 3), np.float32), 4, tie_of(6), rng))
+    assert len(set(picked)) == 4
+
+
+def test_chunked_reading_changes_nothing(monkeypatch):
+    z = features(60, 6)
+    index = np.sort(np.random.default_rng(0).permutation(60)[:37])
+    tie = tie_of(37)
+    calls = [lambda z: prune.gaussian_score(z), lambda z: prune.moderate_score(z, tie), lambda z: prune.kcenter_score(z, 9, tie),
+             lambda z: prune.herding_score(z, 9, tie), lambda z: prune.cluster_score(z, 9, tie, np.random.default_rng(1))]
+    whole = [call(z[index]) for call in calls]
+    chunks = prune.chunks
+    monkeypatch.setattr(prune, "chunks", lambda z, width=0: chunks(z, width, limit=8 * 6 * 5))
+    for want, call in zip(whole, calls):
+        np.testing.assert_allclose(call(prune.Rows(z, index)), want, rtol=1e-9)
+
+
+# ---------------------------------------------------------------------------------------------- counts
+@pytest.mark.parametrize("seed", range(6))
+def test_counts_are_exact_for_every_score_and_ratio(seed):
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(1, 25, rng.integers(2, 6))
+    groups = rng.permutation(np.repeat(np.arange(len(sizes)), sizes))
+    n, tie = len(groups), rng.permutation(len(groups))
+    z, difficulty = rng.integers(0, 4, (n, 3)).astype(np.float32), rng.integers(0, 6, n) / 6       # ties everywhere
+    for name in prune.SCORES:
+        for keep in (0.01, 0.1, 0.5, rng.random(), 1.0):
+            m = prune.counts_to_keep(sizes, keep)
+            assert m.tolist() == [max(1, math.floor(keep * s + 0.5)) for s in sizes]
+            scores = prune.score_all(name, groups, m, tie, seed, z, difficulty)
+            kept = prune.top(scores, groups, m, tie)
+            assert scores.shape == (n,) and scores.dtype == np.float64 and kept.dtype == np.int64 and not np.isnan(scores).any()
+            assert (np.bincount(groups[kept], minlength=len(sizes)) == m).all() and (np.diff(kept) > 0).all()
+            for c in range(len(sizes)):
+                mine = np.flatnonzero(groups == c)
+                inside = np.isin(mine, kept)
+                assert scores[mine[inside]].min() > -np.inf
+                if not inside.all():
+                    assert scores[mine[inside]].min() >= scores[mine[~inside]].max()
+
+
+def test_ties_are_broken_by_the_seed():
+    groups, m = np.zeros(100, np.int64), np.array([30])
+    a, b = (prune.top(np.zeros(100), groups, m, tie_of(100, s)) for s in (0, 1))
+    assert (a == np.sort(np.argsort(tie_of(100, 0))[:30])).all() and not (a == b).all() and a[0] != 0 or a[-1] != 29
+
+
+# ---------------------------------------------------------------------------------------------- the script
+@pytest.fixture
+def no_training(monkeypatch):
+    """el2n without its networks."""
+    def el2n(images, labels, num_classes, device, epochs, seeds=3):
+        assert images.dtype == np.uint8 and num_classes == 3 and epochs == 4
+        return np.random.default_rng(11).random(len(images))
+    monkeypatch.setattr(prune.encoders, "el2n", el2n)
+
+
+def forbid(monkeypatch, *names):
+    for name in names:
+        monkeypatch.setattr(prune.encoders, name, lambda *a, **k: pytest.fail(f"{name} was called"))
+
+
+@pytest.mark.parametrize("score", prune.SCORES)
+def test_every_score_through_the_script(data, tmp_path, score, monkeypatch, no_training, capsys):
+    if score in ("random", "el2n", "ccs"):
+        forbid(monkeypatch, "load", "extract")
+    out = tmp_path / "out"
+    scores, keep = run(data, out, "--surrogate", "pixels", "--score", score, "--keep", 0.4, "--el2n-epoch", 4)
+    labels = np.load(data / "labels.npy")
+    assert scores.dtype == np.float64 and keep.dtype == np.int64 and np.bincount(labels[keep]).tolist() == [4, 6, 2]
+    for c in range(3):
+        mine = np.flatnonzero(labels == c)
+        assert scores[np.intersect1d(mine, keep)].min() >= scores[np.setdiff1d(mine, keep)].max()
+    assert (out / "montage.png").stat().st_size > 1000 and (out / "scores.png").stat().st_size > 1000
+    assert (out / "features.npy").exists() == (score in prune.FEATURE_SCORES) and not (out / "features.part.npy").exists()
+    record = json.loads((out / "prune.args.json").read_text())
+    assert record["kept"] == 12 and record["seconds_scores"] >= 0 and (record["seconds_features"] > 0) == (score in prune.FEATURE_SCORES)
+    assert "kept 12 of 29 images (41.4 %), per class 2..6" in capsys.readouterr().out
+    if score == "random":
+        assert len(set(scores.tolist())) == 29
+    if score == "el2n":
+        assert (scores == np.random.default_rng(11).random(29)).all()
+    forbid(monkeypatch, "load", "extract", "el2n")                    # once more: nothing to do
+    before = (out / "keep.npy").stat().st_mtime_ns
+    run(data, out, "--surrogate", "pixels", "--score", score, "--keep", 0.4, "--el2n-epoch", 4, "--batch-size", 3)
+    assert "nothing to do" in capsys.readouterr().out and (out / "keep.npy").stat().st_mtime_ns == before
+
+
+def test_random_is_of_the_seed_and_nested(data, tmp_path):
+    a = run(data, tmp_path / "a", "--score", "random", "--keep", 0.3)
+    b = run(data, tmp_path / "b", "--score", "random", "--keep", 0.3)
+    c = run(data, tmp_path / "c", "--score", "random", "--keep", 0.3, "--seed", 1)
+    d = run(data, tmp_path / "d", "--score", "random", "--keep", 0.6)
+    assert (a[0] == b[0]).all() and (a[1] == b[1]).all() and not (a[0] == c[0]).all() and np.isin(a[1], d[1]).all()
+
+
+def test_scope_and_per_class(data, tmp_path):
+    z = features(29, 4)
+    np.save(tmp_path / "z.npy", z)
+    scores, keep = run(data, tmp_path / "a", "--features", tmp_path / "z.npy", "--score", "gaussian", "--scope", "global", "--keep", 0.5)
+    np.testing.assert_allclose(scores, prune.gaussian_score(z))
+    assert set(keep) == set(np.argsort(-scores)[:15])                 # floor(14.5 + 0.5)
+    scores, keep = run(data, tmp_path / "b", "--features", tmp_path / "z.npy", "--score", "kcenter", "--per-class", 6)
+    labels = np.load(data / "labels.npy")
+    assert np.bincount(labels[keep]).tolist() == [6, 6, 6] and np.isfinite(scores).sum() == 18
+    assert (np.isfinite(scores[labels == 2])).all()                   # all six of the smallest class
+    again, kept = run(data, tmp_path / "c", "--scores", tmp_path / "b" / "scores.npy", "--per-class", 2)
+    assert np.array_equal(again, scores) and set(kept) == set(np.flatnonzero(scores >= -1))
+
+
+def test_ccs_over_reused_el2n(data, tmp_path, monkeypatch):
+    forbid(monkeypatch, "load", "extract", "el2n")
+    d = np.random.default_rng(0).random(29)
+    np.save(tmp_path / "el2n.npy", d)
+    scores, keep = run(data, tmp_path / "out", "--scores", tmp_path / "el2n.npy", "--score", "ccs", "--scope", "global", "--keep", 0.6)
+    assert len(keep) == 17 and not np.isin(np.argsort(d)[-2:], keep).any()
+
+
+def test_interrupted_extraction_goes_on_where_it_stopped(data, tmp_path, monkeypatch):
+    flags = ("--surrogate", "pixels", "--score", "gaussian", "--keep", 0.5)
+    small = prune.extract_features
+    monkeypatch.setattr(prune, "extract_features", lambda d, args, device: small(d, args, device, rows=7))
+    straight = run(data, tmp_path / "straight", *flags)
+    extract, seen = prune.encoders.extract, []
+
+    def killed(enc, images, batch_size=256, kind="pooled", out=None, rows=None):
+        if len(seen) == 2:
+            seen.append("killed")
+            raise KeyboardInterrupt
+        seen.append(rows.tolist())
+        return extract(enc, images, batch_size, kind, out=out, rows=rows)
+
+    monkeypatch.setattr(prune.encoders, "extract", killed)
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit) as e:
+        run(data, out, *flags)
+    assert e.value.code == 130 and not (out / "keep.npy").exists() and not (out / "features.npy").exists()
+    assert json.loads((out / "features.json").read_text())["rows"] == 14
+    resumed = run(data, out, *flags)
+    assert seen[3][0] == 14 and sum(seen[3:], []) == list(range(14, 29))
+    assert np.array_equal(np.load(out / "features.npy"), np.load(tmp_path / "straight" / "features.npy"))
+    assert np.array_equal(resumed[0], straight[0]) and np.array_equal(resumed[1], straight[1])
+    del seen[:]
+    seen.append("x"), seen.append("x"), seen.append("x")
+    (out / "keep.npy").unlink()
+    run(data, out, *flags)                                            # killed after the extraction: the features stand
+    assert len(seen) == 3
+    np.lib.format.open_memmap(out / "features.npy", "r+")[:] = 0
+    assert np.array_equal(run(data, out, *flags, "--overwrite")[0], straight[0]) and len(seen) > 3
+
+
+def test_other_arguments_need_another_folder(data, tmp_path, capsys):
+    out = tmp_path / "out"
+    run(data, out, "--score", "random", "--keep", 0.5)
+    assert len(run(data, out, "--score", "random", "--keep", 0.25, "--overwrite")[1]) == 8
+    with pytest.raises(SystemExit) as e:
+        run(data, out, "--score", "random", "--keep", 0.5)
+    assert e.value.code == 2 and "--keep = 0.25, now 0.5" in capsys.readouterr().err and len(np.load(out / "keep.npy")) == 8
+
+
+def test_scratch_is_trained_once_and_kept_with_the_data(data, tmp_path, monkeypatch):
+    real, calls = prune.encoders.train_scratch, []
+
+    def train(*a, **k):
+        calls.append(a[2:])
+        k.pop("test_images"), k.pop("test_labels")
+        return real(*a, epochs=1, **k)
+    monkeypatch.setattr(prune.encoders, "train_scratch", train)
+    run(data, tmp_path / "a", "--surrogate", "scratch", "--score", "herding", "--keep", 0.5, "--seed", 3)
+    run(data, tmp_path / "b", "--surrogate", "scratch", "--score", "moderate", "--keep", 0.5, "--seed", 3)
+    assert len(calls) == 1 and calls[0][0] == 3 and calls[0][2] == 3 and (data / "scratch.pt").exists()
+    assert np.array_equal(np.load(tmp_path / "a" / "features.npy"), np.load(tmp_path / "b" / "features.npy"))
+
+
+def test_thin_classes_are_warned_of_once(data, tmp_path, capsys):
+    np.save(tmp_path / "z.npy", features(29, 9))
+    run(data, tmp_path / "a", "--features", tmp_path / "z.npy", "--score", "gaussian", "--keep", 0.5)
+    assert capsys.readouterr().out.count("warning: 2 of 3 groups") == 1                            # 9 and 6 images, 9 columns
+
+
+def test_bad_input_is_one_line_and_writes_nothing(data, tmp_path, capsys, no_training):
+    out, z, s, bad = tmp_path / "out", tmp_path / "z.npy", tmp_path / "s.npy", tmp_path / "bad.npy"
+    np.save(z, features(29, 4))
+    np.save(s, np.arange(29.0))
+    ask = lambda *flags: refused(capsys, data, out, *flags)
+    use = ("--score", "gaussian", "--keep", 0.5, "--features")
+    for ratio in (0, -0.1, 1.5, "nan", "much"):
+        assert "--keep" in ask("--score", "random", "--keep", ratio)
+    assert "either --keep" in ask("--score", "random")
+    assert "either --keep" in ask("--score", "random", "--keep", 0.5, "--per-class", 3)
+    assert "--scope global" in ask("--score", "random", "--per-class", 3, "--scope", "global")
+    assert "'class2' has only 6" in ask("--score", "random", "--per-class", 7)
+    assert "give --score" in ask("--keep", 0.5)
+    assert "leave one out" in ask("--keep", 0.5, "--score", "gaussian", "--scores", s)
+    assert "no such file" in ask(*use, tmp_path / "none.npy")
+    np.save(bad, features(28, 4))
+    assert "shape (28, 4)" in ask(*use, bad)
+    np.save(bad, features(29, 4).astype(np.int64))
+    assert "int64" in ask(*use, bad)
+    np.save(bad, np.zeros((29, 0), np.float32))
+    assert "width 0" in ask(*use, bad)
+    holed = features(29, 4)
+    holed[17, 2] = np.nan
+    np.save(bad, holed)
+    assert "row 17" in ask(*use, bad)
+    huge, mine = features(29, 2), np.flatnonzero(np.load(data / "labels.npy") == 1)
+    huge[mine] = 2.0**40 * (-1) ** np.arange(14)[:, None]
+    np.save(bad, huge)
+    assert "scale them down" in ask(*use, bad)
+    cut = ("--keep", 0.5, "--scores")
+    np.save(bad, np.arange(30.0))
+    assert "shape (30,)" in ask(*cut, bad)
+    np.save(bad, np.where(np.arange(29) == 5, np.nan, 0))
+    assert "row 5" in ask(*cut, bad)
+    np.save(bad, np.where(np.arange(29) == 6, np.inf, 0))
+    assert "row 6" in ask(*cut, bad)
+    labels = np.load(data / "labels.npy")
+    np.save(bad, np.where(labels == 1, -np.inf, 0))
+    assert "fewer than 7 images of class 'class1'" in ask(*cut, bad)
+    assert "row" in ask(*cut, bad, "--score", "ccs")
+    np.save(bad, labels.astype(np.float64))
+    assert "class 'class0' without an image" in ask("--keep", 0.2, "--scope", "global", "--scores", bad)
+    assert "encoder ddae" in ask("--score", "gaussian", "--keep", 0.5, "--surrogate", "ddae")
+    assert "no such file" in ask("--score", "gaussian", "--keep", 0.5, "--surrogate", "ddae", "--weights", tmp_path / "none.pt")
+    assert "no such data folder" in refused(capsys, tmp_path / "nowhere", out, "--score", "random", "--keep", 0.5)
+    one = make_data(tmp_path / "one", (8,))
+    for flags in (("--score", "el2n"), ("--score", "ccs"), ("--score", "gaussian", "--surrogate", "scratch")):
+        assert "one class only" in refused(capsys, one, out, *flags, "--keep", 0.5)
+    hollow = make_data(tmp_path / "hollow", (8, 0, 3))
+    assert "'class1' has no image" in refused(capsys, hollow, out, "--score", "random", "--keep", 0.5)
+
+
+def test_an_emptied_class_leaves_the_features_for_the_next_call(data, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    flags = ("--surrogate", "pixels", "--score", "gaussian", "--keep", 0.04)
+    with pytest.raises(SystemExit):
+        run(data, out, *flags, "--scope", "global")
+    assert "without an image" in capsys.readouterr().err
+    assert sorted(p.name for p in out.iterdir()) == ["features.json", "features.npy"]
+    forbid(monkeypatch, "extract")
+    assert len(run(data, out, *flags)[1]) == 3
+
+
+def test_latents_without_images_can_be_cut(data, tmp_path):
+    np.save(data / "latents.npy", np.zeros((29, 8, 2, 2), np.float16))
+    (data / "images.npy").unlink()
+    np.save(tmp_path / "z.npy", features(29, 4))
+    run(data, tmp_path / "out", "--features", tmp_path / "z.npy", "--score", "gaussian", "--keep", 0.5)
+    assert not (tmp_path / "out" / "montage.png").exists()
+
+
+def test_command_line(data, tmp_path):
+    call = [sys.executable, str(ROOT / "prune.py"), "--data", str(data), "--out", str(tmp_path / "out"), "--surrogate", "pixels", "--score",
+            "kcenter", "--keep", "0.3", "--device", "cpu"]
+    p = subprocess.run(call, capture_output=True, text=True)
+    assert p.returncode == 0 and "kept 9 of 29" in p.stdout, p.stderr
+    p = subprocess.run([*call, "--seed", "-1"], capture_output=True, text=True)
+    assert p.returncode == 2 and "Traceback" not in p.stderr and len(p.stderr.strip().splitlines()) == 1
