@@ -54,7 +54,7 @@ def number(kind=float, low=-math.inf, high=math.inf, above=-math.inf):
             x = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not a{'n integer' if kind is int else ' number'}")
-        if not (math.isfinite(x) and low <= x <= high and x > above):
+        if not (-math.inf < x < math.inf and low <= x <= high and x > above):         # no isfinite: it overflows on a huge int
             bounds = [f"> {above:g}"] * (above > -math.inf) + [f">= {low:g}"] * (low > -math.inf) + [f"<= {high:g}"] * (high < math.inf)
             raise argparse.ArgumentTypeError(f"{text} is out of range: must be {' and '.join(bounds) or 'finite'}")
         return x
@@ -89,6 +89,8 @@ def command(main):
         finally:
             if not in_thread:
                 signal.signal(signal.SIGTERM, old)
+            while _locks:                                             # main() called from Python: the folder is free again, however it ended
+                os.close(_locks.pop())
         if world() > 1:                                               # a rank that fails must not leave the others waiting
             sys.stderr.flush()
             os._exit(code)
@@ -272,13 +274,13 @@ def check_finite(a, path, what, rows=65536):
 
 
 def load_pt(path, what="a checkpoint"):
-    """torch.load(weights_only=True) of a dict, on the CPU, memory-mapped where the format allows. Nothing in the file is executed."""
+    """torch.load(weights_only=True) of a dict, on the CPU. Nothing in the file is executed."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file ({what} expected)")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:
-        raise UserError(f"{path}: not readable as {what} ({str(e).splitlines()[0][:120]}); it is damaged, or holds pickled code, which is never run")
+        raise UserError(f"{path}: not readable as {what} ({(str(e) or type(e).__name__).splitlines()[0][:120]}); it is damaged, or holds pickled code, which is never run")
     if not isinstance(state, dict):
         raise UserError(f"{path}: holds a {type(state).__name__}, but {what} is a dict")
     return state
@@ -394,16 +396,19 @@ def provenance():
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores", "processes": world()}
 
 
+_locks = set()                                                        # file descriptors of the folders that this process holds
+
+
 class Stage:
     """One out folder while a script writes to it: the lock, the resume rule and `<script>.args.json`.
 
     inputs: {name: path of a file, or a data folder's info dict}; outputs: names that must stand for the stage to count as done;
-    free: flags that may differ on a resume (device, logging, inference batch ...). After the call, `.done` says that nothing is left to do and
+    free: flags that may differ on a resume (device, logging, inference batch ...); ready(): a last word on whether the outputs suffice. After the call, `.done` says that nothing is left to do and
     `.resuming` that an earlier, interrupted call with the same arguments began here.
     """
 
-    def __init__(self, script, out, args, inputs=(), outputs=(), free=(), overwrite=False):
-        self.out, self.script, self.outputs, self.start = Path(out), script, outputs, time.time()
+    def __init__(self, script, out, args, inputs=(), outputs=(), free=(), overwrite=False, ready=None):
+        self.out, self.script, self.outputs, self.ready, self.start = Path(out), script, outputs, ready or (lambda: True), time.time()
         self.file = self.out / f"{script}.args.json"
         if self.out.exists() and not self.out.is_dir():
             raise UserError(f"{self.out}: a file stands where the output folder should be; choose another --out")
@@ -412,9 +417,14 @@ class Stage:
         mine = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in {"out", "overwrite", "device", *free}}
         hashes = {k: v["sha256"] if isinstance(v, dict) else sha256(v) for k, v in dict(inputs).items() if v is not None}
         self.record = {"args": mine, "inputs": hashes, "seconds": None, "provenance": provenance()}
-        self.done, self.resuming, self.earlier = from_rank0(lambda: self._compare(overwrite))
+        try:
+            self.done, self.resuming, self.earlier = from_rank0(lambda: self._compare(overwrite))
+        except BaseException:
+            self.release()
+            raise
         if self.done:
             log(f"{script}.py: {self.out} is complete and was made with these arguments; nothing to do (--overwrite makes it again)")
+            self.release()
         elif rank() == 0:
             self._write(None)
         barrier()
@@ -434,6 +444,7 @@ class Stage:
             raise UserError(f"{self.out}: another process is writing there; wait for it or choose another --out")
         except OSError:                                               # a file system without locks
             log(f"{self.script}.py: note: {self.out} lies on a file system without locks; see to it that one process writes there")
+        _locks.add(self.lock)
 
     def _compare(self, overwrite):
         if overwrite or not self.file.exists():
@@ -445,7 +456,7 @@ class Stage:
                 a, b = old[part].get(k), new[part].get(k)
                 if a != b:
                     raise UserError(f"{self.out}: was made with {noun.format(k.replace('_', '-'))} = {a}, now {b}; use another --out, or --overwrite to redo it")
-        return old["seconds"] is not None and all((self.out / o).exists() for o in self.outputs), True, old.get("spent", 0.0)
+        return old["seconds"] is not None and all((self.out / o).exists() for o in self.outputs) and self.ready(), True, old.get("spent", 0.0)
 
     def _write(self, seconds, **extra):
         save_json(self.file, {**self.record, "seconds": seconds, "spent": self.spent(), **extra})
@@ -462,7 +473,6 @@ class Stage:
         self.release()
 
     def release(self):
-        if rank() == 0 and getattr(self, "lock", None) is not None:
-            with contextlib.suppress(OSError):
-                os.close(self.lock)
-            self.lock = None
+        if rank() == 0 and self.lock in _locks:
+            _locks.remove(self.lock)
+            os.close(self.lock)

@@ -10,6 +10,7 @@ Writes  RUN/metrics.json     every figure under its encoder, with the protocol; 
 
     python evaluate.py --runs runs/digits/full runs/digits/random --data data/digits --encoder scratch
 """
+import hashlib
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +23,8 @@ import models
 from models import encoders, metrics
 from models.diffusion import generate, to_uint8
 
+DRAWN_WITH = ("sampler", "steps", "cfg", "cfg_interval", "labels", "seed", "eta", "variance", "amp")     # of sample.args.json
+
 
 # ---------------------------------------------------------------------------------------------- samples
 def read_samples(path):
@@ -30,7 +33,7 @@ def read_samples(path):
     labels = None
     if path.is_dir():
         images = read_folder(path)
-    elif path.suffix == ".npz":
+    elif path.suffix.lower() == ".npz":
         try:
             with np.load(path, allow_pickle=False) as z:
                 images = z["arr_0" if "arr_0" in z else "images"]
@@ -44,14 +47,20 @@ def read_samples(path):
             labels = np.array(common.load_npy(beside, "labels of the samples, int64 (n,)", (len(images),), "iu"))
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
         raise common.UserError(f"{path}: {images.dtype} {images.shape}, but samples must be uint8 (n, H, W, 1 or 3)")
-    if labels is not None and labels.shape != (len(images),):
-        raise common.UserError(f"{path}: {len(images)} samples but labels of shape {labels.shape}")
+    if labels is not None and (labels.shape != (len(images),) or labels.dtype.kind not in "iu"):
+        raise common.UserError(f"{path}: {len(images)} samples but labels {labels.dtype} of shape {labels.shape}; one integer per sample expected")
     return images, labels
+
+
+def pictures(folder):
+    from PIL import Image
+    known = Image.registered_extensions()
+    return sorted(f for f in folder.rglob("*") if f.suffix.lower() in known and not f.name.startswith("."))
 
 
 def read_folder(folder):
     from PIL import Image
-    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in Image.registered_extensions() and not f.name.startswith("."))
+    files = pictures(folder)
     if not files:
         raise common.UserError(f"{folder}: no picture in it or below it")
     out = []
@@ -85,10 +94,12 @@ class Reference:
 
     def _cached(self, cache):
         key = f"{self.enc.identity} {self.d.info['sha256']}"
-        if cache.exists():
+        try:
             with np.load(cache, allow_pickle=False) as z:
                 if str(z["key"]) == key:
                     return z["mu"], z["sigma"], int(z["n"])
+        except Exception:                                             # absent, damaged or of another kind: it is only a cache
+            pass
         mu, sigma = metrics.gaussian_stats(self.features if len(self.rows) == len(self.d.labels) else self)
         with common.atomic(cache) as tmp, open(tmp, "wb") as f:
             np.savez(f, mu=mu, sigma=sigma, n=len(self.d.labels), key=key)
@@ -107,7 +118,7 @@ class Reference:
         return metrics.frechet_distance(self.mu, self.sigma, *metrics.gaussian_stats(features))
 
 
-def read_statistics(path, width):
+def read_statistics(path, width=None):
     """(mu, sigma) from an .npz of somebody else: mu/sigma (pytorch-fid, ADM) or m2/s2 (lucidrains). Refused when the width is not the encoder's."""
     if not Path(path).is_file():
         raise common.UserError(f"{path}: no such file (.npz with mu and sigma expected)")
@@ -118,8 +129,12 @@ def read_statistics(path, width):
         raise common.UserError(f"{path}: holds neither mu and sigma nor m2 and s2")
     except Exception as e:
         raise common.UserError(f"{path}: not a readable .npz ({e})")
-    if mu.shape != (width,) or sigma.shape != (width, width) or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-        raise common.UserError(f"{path}: mu {mu.shape} and sigma {sigma.shape}, but the encoder's features are {width} wide (and finite)")
+    if mu.dtype.kind != "f" or sigma.dtype.kind != "f" or mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
+        raise common.UserError(f"{path}: mu {mu.dtype} {mu.shape} and sigma {sigma.dtype} {sigma.shape}, but floats (D,) and (D, D) are expected")
+    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        raise common.UserError(f"{path}: mu or sigma holds NaN or infinity; make it again")
+    if width is not None and len(mu) != width:
+        raise common.UserError(f"{path}: statistics of {len(mu)} features, but the encoder's are {width}; take those of the same encoder")
     return mu.astype(np.float64), sigma.astype(np.float64)
 
 
@@ -132,16 +147,22 @@ def figures(run, ref, a):
     bar.close()
     mu, sigma = read_statistics(a.reference_stats, enc.width) if a.reference_stats else (ref.mu, ref.sigma)
     out = {"identity": enc.identity, "distance": "FID" if enc.name == "inception" else f"FD ({enc.name})", "n": n,
-           "reference": a.reference_stats or f"{d.info['name']}, the full training set", "reference_n": ref.n,
+           "reference": a.reference_stats or f"{d.info['name']}, the full training set", "reference_n": None if a.reference_stats else ref.n,
            "fd": metrics.frechet_distance(mu, sigma, *metrics.gaussian_stats(z)), "fd_heldout": ref.heldout,
            "fd_heldout_n": None if ref.test is None else len(ref.test)}
+    if a.reference_stats and ref.test is not None:                    # the yardsticks stand beside fd, so they need its reference
+        out["fd_heldout"] = metrics.frechet_distance(mu, sigma, *metrics.gaussian_stats(ref.test)) if len(ref.test) > 1 else None
+    if out["fd_heldout"] is not None and n >= len(ref.test):          # a distance falls as n grows: the samples once more at the held-out images' n
+        some = np.sort(np.random.default_rng([a.seed, 3]).choice(n, len(ref.test), replace=False))
+        out["fd_at_heldout_n"] = metrics.frechet_distance(mu, sigma, *metrics.gaussian_stats(z, index=some))
     if n <= enc.width:
         common.log(f"note: {n} samples for {enc.width} features: the covariance is singular and the distance far too large; draw more samples")
     if a.bootstrap:
         mean, std, low, high = metrics.bootstrap_frechet(z, mu, sigma, a.bootstrap, a.seed)
         out["fd_bootstrap"] = dict(repeats=a.bootstrap, mean=mean, std=std, low=low, high=high)
     if run.keep is not None:                                          # what a perfect copier of the subset would score
-        out["fd_subset"] = ref.distance(encoders.extract(enc, d.images, a.batch_size, rows=run.keep)) if len(run.keep) > 1 else None
+        copies = encoders.extract(enc, d.images, a.batch_size, rows=run.keep)
+        out["fd_subset"] = metrics.frechet_distance(mu, sigma, *metrics.gaussian_stats(copies)) if len(run.keep) > 1 else None
     if run.labels is not None and d.num_classes > 1:
         try:
             out["per_class"] = metrics.per_class_frechet(z, run.labels, ref.features, ref.labels, d.num_classes, a.seed,
@@ -151,7 +172,7 @@ def figures(run, ref, a):
         if enc.name == "scratch":
             logits = encoders.extract(enc, run.images, a.batch_size, kind="logits")
             out["read_as_labelled"] = float((logits.argmax(1) == run.labels).mean())
-    if enc.name == "inception":
+    if enc.name == "inception" and n >= 10:
         logits = encoders.extract(enc, run.images, a.batch_size, kind="logits")[np.random.default_rng(a.seed).permutation(n)]
         out["inception_score"] = dict(zip(("mean", "std"), metrics.inception_score(logits)), splits=10)
     mean, error, size = metrics.kid(z, ref.features, seed=a.seed)
@@ -175,8 +196,8 @@ def audit(run, ref, a, baseline):
     else:
         return {"skipped": "a model of the full set, and the data folder has no held-out images to compare with"}
     thin = np.sort(np.random.default_rng([a.seed, 2]).choice(len(run.images), min(len(run.images), a.audit_samples), replace=False))
-    spaces = {"pixels": lambda x: (np.asarray(x).reshape(len(x), -1) / 127.5 - 1).astype(np.float32),
-              ref.enc.name: lambda x: encoders.extract(ref.enc, x, a.batch_size)}
+    spaces = {ref.enc.name: lambda x: encoders.extract(ref.enc, x, a.batch_size),                   # "pixels" is always the raw ones, not the encoder
+              "pixels": lambda x: (np.asarray(x).reshape(len(x), -1) / 127.5 - 1).astype(np.float32)}
     out = {"n": len(thin), "draws": 20, "noise": 0.2, "model_of": "a subset" if len(rest) else "the full set"}
     for space, encode in spaces.items():
         try:
@@ -194,95 +215,164 @@ def audit(run, ref, a, baseline):
 
 # ---------------------------------------------------------------------------------------------- quality over training
 def trajectory(run, ref, a, device):
-    """Distance of every kept checkpoint of a run, each with the same labels and seeds and the sampler of RUN/sample.args.json."""
+    """Distance of every kept checkpoint of a run, each with the labels, seeds and settings with which sample.py drew the run's samples.
+
+    The last point therefore equals the run's own distance (to the last bit of the network's sums) when n is the same.
+    """
     record = common.load_json(run.out / "sample.args.json", "the record of sample.py, whose settings the trajectory uses,")["args"]
-    rows, n = [], a.trajectory_num or record["num"]
-    for file in sorted(run.out.glob("step_*.pt")):
+    files = sorted(run.out.glob("step_*.pt"), key=lambda f: int(f.stem.removeprefix("step_")))
+    last = common.load_pt(run.out / "last.pt")["step"] if (run.out / "last.pt").exists() else 0
+    files += [run.out / "last.pt"] if last > int(files[-1].stem.removeprefix("step_")) else []        # --steps is no multiple of --checkpoint-every
+    y = run.drawn[:a.trajectory_num]
+    key = {"settings": {k: record[k] for k in DRAWN_WITH}, "labels": array_hash(y), "n": len(y), "data": ref.d.info["sha256"],
+           "identity": ref.enc.identity, "checkpoints": {f.name: common.sha256(f) for f in files}}
+    path, rows, n = run.out / "trajectory.json", [], len(y)
+    if path.exists() and not a.overwrite and common.load_json(path, "points of evaluate.py").get("key") == key:
+        return common.log(f"{path}: complete; nothing to do (--overwrite draws again)")
+    for file in files:
         state = common.load_pt(file)
         model, process = models.from_checkpoint(state)
-        model, y, images = model.to(device), np.arange(n) % model.num_classes, []
+        model, images = model.to(device), []
+        options = {"ancestral": {"variance": record["variance"]}, "ddim": {"eta": record["eta"]}}.get(record["sampler"], {})
         for lo in range(0, n, a.batch_size):
             ids = range(lo, min(lo + a.batch_size, n))
-            x = generate(model, process, torch.from_numpy(y[lo:lo + a.batch_size]).to(device), [common.generator(record["seed"], "sample", i) for i in ids],
-                         record["sampler"], record["steps"], record["cfg"], record["cfg_interval"])
+            with common.autocast(device, record["amp"]):
+                noise = [common.generator(record["seed"], "sample", i) for i in ids]
+                x = generate(model, process, torch.from_numpy(y[ids.start:ids.stop]).to(device), noise, record["sampler"], record["steps"],
+                             record["cfg"], record["cfg_interval"], **options)
+            if not x.isfinite().all():
+                raise common.UserError(f"{file}: samples hold NaN or infinity; the run had diverged there, remove the file to leave it out")
             images.append(to_uint8(x).cpu().numpy())
         fd = ref.distance(encoders.extract(ref.enc, np.concatenate(images), a.batch_size))
         rows.append(dict(step=state["step"], images_seen=state["images_seen"], seconds=state["seconds"], fd=fd, n=n))
         common.log(f"{run.name}: step {state['step']:,}, {rows[-1]['images_seen']:,} images, {rows[-1]['seconds']:,.0f} s: {fd:.3f}")
-    if not rows:
-        raise common.UserError(f"{run.out}: no step_*.pt to follow; train with --checkpoint-every")
-    common.save_json(run.out / "trajectory.json", {"encoder": ref.enc.identity, "name": ref.enc.name, "points": rows})
+    common.save_json(path, {"encoder": ref.enc.identity, "name": ref.enc.name, "points": rows, "key": key})
 
 
 # ---------------------------------------------------------------------------------------------- the runs
+def judges_used(folder):
+    """Names of the encoders that chose the kept set of `folder` (of prune.py or attach.py), or that it is aligned to: no fair judges of it."""
+    used = set()
+    if (folder / "attach.args.json").exists():
+        made = common.load_json(folder / "attach.args.json", "the record of attach.py")["args"]
+        used |= {made.get("visual")} - {None, "none"}
+        if made.get("indices"):
+            used |= judges_used(Path(made["indices"]).parent)
+    if (folder / "prune.args.json").exists():
+        made = common.load_json(folder / "prune.args.json", "the record of prune.py")["args"]
+        if made.get("score") in ("el2n", "ccs"):
+            used.add("scratch")                                       # other seeds, but the same network on the same labels
+        elif made.get("score") not in (None, "random") and not made.get("features"):
+            used.add(made["surrogate"])                               # random scores name a surrogate too, and never look at it
+    return used
+
+
 def open_run(out, samples, d, a):
     """Samples, labels, kept indices and protocol of a run folder, checked. keep is None for a model of the full set or one we know nothing of."""
     run = SimpleNamespace(out=Path(out), name=Path(out).name, keep=None, known=False, protocol={}, aligned=set())
     run.images, run.labels = read_samples(samples)
+    run.drawn, run.data_sha256 = run.labels, d.info["sha256"]
+    run.format = "uint8 arrays" if Path(samples).is_file() else " and ".join(sorted({f.suffix.lower() for f in pictures(Path(samples))})) + " files"
     if a.num:
         if a.num > len(run.images):
             raise common.UserError(f"{samples}: {len(run.images)} samples, fewer than --num {a.num}; draw more with sample.py")
         run.images, run.labels = run.images[:a.num], None if run.labels is None else run.labels[:a.num]
     if len(run.images) < 2:
         raise common.UserError(f"{samples}: {len(run.images)} samples, a distance needs at least 2; draw more with sample.py")
+    for name in a.encoder:
+        if not encoders.ENCODERS[name].size and run.images.shape[1:] != d.images.shape[1:]:
+            raise common.UserError(f"{samples}: samples of {run.images.shape[1:]}, but {d.info['name']} has {d.images.shape[1:]}, "
+                                   f"and encoder {name} does not resize; draw or bring them to that size")
     if run.labels is not None and (run.labels.min() < 0 or run.labels.max() >= d.num_classes):
-        run.labels = None                                             # drawn without class: nothing to check per class
-    run.sha256 = common.sha256(samples) if Path(samples).is_file() else "folder"
+        common.log(f"note: {samples}: labels outside the data set's {d.num_classes} classes (drawn without class?): nothing is measured per class")
+        run.labels = None
+    if a.trajectory and run.drawn is None:
+        raise common.UserError(f"{run.out / 'sample_labels.npy'}: no such file, and --trajectory draws with these labels; draw again with sample.py")
+    if a.trajectory and not any(run.out.glob("step_*.pt")):
+        raise common.UserError(f"{run.out}: no step_*.pt to follow; train with --checkpoint-every")
+    if a.trajectory and (a.trajectory_num or 0) > len(run.drawn):
+        raise common.UserError(f"{samples}: {len(run.drawn)} samples, fewer than --trajectory-num {a.trajectory_num}; draw more with sample.py")
+    run.sha256 = common.sha256(samples) if Path(samples).is_file() else hashlib.sha256(np.ascontiguousarray(run.images)).hexdigest()
     if (run.out / "sample.args.json").exists():
         record = common.load_json(run.out / "sample.args.json", "the record of sample.py")
+        if record["seconds"] is None:
+            raise common.UserError(f"{out}: sample.py has not finished there; run its command again")
         if record.get("data_sha256") not in (None, d.info["sha256"]):
             raise common.UserError(f"{out}: was trained on {record.get('data')}, but --data {a.data} is {d.info['name']}; evaluate on its own data set")
-        run.protocol = {k: record["args"][k] for k in ("sampler", "steps", "cfg", "cfg_interval", "labels", "seed", "eta", "variance", "amp")} | {
+        run.protocol = {k: record["args"][k] for k in DRAWN_WITH} | {
             "checkpoint_step": record.get("step"), "weights": "EMA", "sample_seconds": record["seconds"]}
     if (run.out / "train.args.json").exists():
         record = common.load_json(run.out / "train.args.json", "the record of train.py")["args"]
         source = record.get("indices") or (Path(record["attach"]) / "keep.npy" if record.get("attach") else None)
         run.keep, run.known = common.load_indices(source, len(d.labels)) if source else None, True
-        if record.get("attach"):
-            made = common.load_json(Path(record["attach"]) / "attach.args.json", "the record of attach.py")["args"]
-            run.aligned = {made.get("visual")} - {None, "none"}
-        elif source and (Path(source).parent / "prune.args.json").exists():
-            run.aligned = {common.load_json(Path(source).parent / "prune.args.json", "the record of prune.py")["args"].get("surrogate")}
+        if source:
+            run.aligned = judges_used(Path(source).parent)
     return run
 
 
-def evaluate(a, d, runs, device):
-    full = next((r for r in runs if r.known and r.keep is None), None)
-    todo = []
+def settings(run, name, weights, a, d, full):
+    """What the figures of a run under an encoder depend on, beside its samples: when any of it has changed they are measured again."""
+    own = weights or (d.folder / "scratch.pt" if name == "scratch" else None)
+    digest = lambda path: common.sha256(path) if path and Path(path).is_file() else path and str(path)   # noqa: E731
+    return {"num": len(run.images), "seed": a.seed, "bootstrap": a.bootstrap, "audit": a.audit_samples if a.audit else 0, "data": d.info["sha256"],
+            "weights": digest(own), "reference_stats": digest(a.reference_stats), "reference_max": a.reference_max, "labels": array_hash(run.labels),
+            "kept": array_hash(run.keep), "baseline": full.sha256 if full and run.keep is not None else None}
+
+
+def array_hash(x):
+    return None if x is None else hashlib.sha256(np.ascontiguousarray(x)).hexdigest()
+
+
+def earlier(run):
+    """(metrics.json as it stands, whether it is of these samples)."""
+    file = run.out / "metrics.json"
+    old = common.load_json(file, "figures of evaluate.py") if file.exists() else {}
+    return old, old.get("samples_sha256") == run.sha256 and old.get("data_sha256") == run.data_sha256
+
+
+def plan(a, d, runs, full, device):
+    """[(encoder, its weights, runs that it has to judge)], the encoders open and every input checked: from here on nothing is the user's fault."""
+    out = []
     for name, weights in zip(a.encoder, (a.encoder_weights or []) + [None] * len(a.encoder)):
-        ref = None
+        todo = []
         for run in runs:
-            file = run.out / "metrics.json"
-            old = common.load_json(file, "figures of evaluate.py") if file.exists() else {}
-            mine = {"num": len(run.images), "seed": a.seed, "bootstrap": a.bootstrap, "audit": a.audit, "data": d.info["sha256"],
-                    "baseline": full.sha256 if full and run.keep is not None else None}
-            same = old.get("samples_sha256") == run.sha256 and run.sha256 != "folder"
-            if same and name in old.get("encoders", {}) and old["encoders"][name]["settings"] == mine and not a.overwrite and not a.trajectory:
+            old, same = earlier(run)
+            row = old.get("encoders", {}).get(name) if same and not a.overwrite else None
+            if row and not a.trajectory and row.get("settings") == settings(run, name, weights, a, d, full):
                 common.log(f"{run.out}: measured already under {name}; nothing to do (--overwrite measures again)")
-                continue
-            if ref is None:
-                with common.user_errors():
-                    ref = Reference(d, common.open_encoder(name, d, device, weights), a.batch_size, a.reference_max, a.seed)
-            if not ref.enc.spec.size and run.images.shape[1:] != d.images.shape[1:]:
-                raise common.UserError(f"{run.out}: samples of {run.images.shape[1:]}, but {d.info['name']} has {d.images.shape[1:]}, and encoder {name} does not resize")
+            else:
+                todo.append(run)
+        if todo:
+            enc = common.open_encoder(name, d, device, weights)
+            if a.reference_stats:
+                read_statistics(a.reference_stats, enc.width)
+            out.append((enc, weights, todo))
+    return out
+
+
+def evaluate(a, d, judges, full, device):
+    for enc, weights, runs in judges:
+        with common.user_errors():
+            ref = Reference(d, enc, a.batch_size, a.reference_max, a.seed)
+        for run in runs:
             if a.trajectory:
-                trajectory(run, ref, a, device)
+                with common.user_errors():
+                    trajectory(run, ref, a, device)
                 continue
-            start = time.time()
+            start, (old, same) = time.time(), earlier(run)
             with common.user_errors():
-                row = figures(run, ref, a)
-                row["settings"] = mine
-                row["circular"] = name in run.aligned
-                new = {"run": run.name, "data": d.info["name"], "samples_sha256": run.sha256, "protocol": {**run.protocol, "image_format": "uint8 arrays"},
-                       "encoders": {**(old["encoders"] if same else {}), name: row},
-                       "memorisation": audit(run, ref, a, full.images[:a.audit_samples] if full else None) if a.audit and run.known and name == a.encoder[0]
-                       else old.get("memorisation") if same else None}
-                row["seconds"] = round(time.time() - start, 2)
-                new["provenance"] = common.provenance()
-            common.save_json(file, new)
-            todo.append((run, row, new["memorisation"]))
-            tell(run, row, new["memorisation"])
-    return todo
+                row = figures(run, ref, a) | {"settings": settings(run, enc.name, weights, a, d, full), "circular": enc.name in run.aligned}
+                memo = old.get("memorisation") if same else None
+                if a.audit and run.known and enc.name == a.encoder[0]:
+                    new = audit(run, ref, a, full.images[:a.audit_samples] if full else None)
+                    memo = new if "skipped" in new else {**(memo or {}), **new}          # the spaces of an earlier judge stay
+                    memo = memo if "skipped" in new else {k: v for k, v in memo.items() if k != "skipped"}
+            row["seconds"] = round(time.time() - start, 2)
+            common.save_json(run.out / "metrics.json", {
+                "run": run.name, "data": d.info["name"], "data_sha256": d.info["sha256"], "samples_sha256": run.sha256,
+                "protocol": {**run.protocol, "image_format": run.format}, "encoders": {**(old["encoders"] if same else {}), enc.name: row},
+                "memorisation": memo, "provenance": common.provenance()})
+            tell(run, row, memo)
 
 
 def tell(run, row, memo):
@@ -345,10 +435,15 @@ def main(argv=None):
     for out, samples in pairs:
         if not Path(samples).exists():
             raise common.UserError(f"{samples}: no samples there; draw them with sample.py --out {out}")
+    if a.reference_stats:
+        read_statistics(a.reference_stats)
     runs = [open_run(out, samples, d, a) for out, samples in pairs]
+    full = next((r for r in runs if r.known and r.keep is None), None)
+    judges = plan(a, d, runs, full, device)
     everything = [k for k in vars(a)]                                 # a run may be measured in many ways: metrics.json keeps them apart
-    stages = [common.Stage("evaluate", r.out, a, {"data": d.info}, free=everything, overwrite=True) for r in runs]
-    evaluate(a, d, runs, device)
+    stages = [common.Stage("evaluate", r.out, a, {"data": d.info}, free=everything, overwrite=True)
+              for r in runs if any(r is other for _, _, todo in judges for other in todo)]
+    evaluate(a, d, judges, full, device)
     for s in stages:
         s.finish()
 

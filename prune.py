@@ -224,23 +224,12 @@ def score_all(name, groups, m, tie, seed, features=None, difficulty=None):
     return scores
 
 
-def scratch_weights(d, device, seed):
-    """DATA/scratch.pt, trained first where it is absent."""
-    path = d.folder / "scratch.pt"
-    if not path.exists():
-        common.log(f"prune.py: training the scratch network, once: {path}")
-        common.save_pt(path, encoders.train_scratch(d.images, d.labels, d.num_classes, device, seed,
-                                                    test_images=d.test_images, test_labels=d.test_labels))
-    return path
-
-
 def extract_features(d, args, device, rows=8192):
     """OUT/features.npy as (memory map, seconds). features.json says whose the rows are and how many of features.part.npy are done."""
     final, part, note = (args.out / f"features{end}" for end in (".npy", ".part.npy", ".json"))
     start, n = time.time(), len(d.images)
     with common.user_errors():
-        weights = scratch_weights(d, device, args.seed) if args.surrogate == "scratch" and not args.weights else args.weights
-        enc = encoders.load(args.surrogate, device, weights=weights, images=d.images, labels=d.labels, num_classes=d.num_classes)
+        enc = common.open_encoder(args.surrogate, d, device, args.weights)
         fresh = {"key": {"data": d.info["sha256"], "identity": enc.identity, "shape": [n, enc.width]}, "rows": 0, "seconds": 0.0}
         state = common.load_json(note, "the state of the extraction") if note.exists() else fresh
         if state.get("key") != fresh["key"] or not (final if state["rows"] == n else part).exists():
@@ -266,11 +255,10 @@ def pictures(out, d, scores, keep, tie, title, most=12, five=5):
     """montage.png: a row per class, highest kept | border | lowest dropped. scores.png: histogram per class with the cut. At most `most` classes."""
     from matplotlib.figure import Figure
     shown = np.unique(np.linspace(0, d.num_classes - 1, min(most, d.num_classes)).astype(int))
-    kept = np.isin(np.arange(len(scores)), keep)
-    across = min(4, len(shown))
-    down = math.ceil(len(shown) / across)
+    kept, down = np.isin(np.arange(len(scores)), keep), math.ceil(len(shown) / 4)
     fig = Figure(figsize=(12, 2.2 * down + 0.6), layout="constrained")
-    for ax, c in zip(fig.subplots(down, across, squeeze=False).flat, shown):
+    for place, c in enumerate(shown, 1):
+        ax = fig.add_subplot(down, min(4, len(shown)), place)
         s, k = scores[d.labels == c], scores[kept & (d.labels == c)]
         ax.hist(s[np.isfinite(s)], bins=40)
         ax.axvline(k.min(), color="C3")
@@ -289,8 +277,8 @@ def pictures(out, d, scores, keep, tie, title, most=12, five=5):
         best = idx[np.lexsort((tie[idx], -scores[idx]))]
         m = kept[best].sum()
         for g, group in enumerate((best[:m][:five], best[max(0, m - 3):m + 2], best[m:][-five:])):
-            for j, i in enumerate(group):
-                canvas[r * (h + 1):, g * wide + j * (w + 1):][:h, :w] = d.images[i, ::step, ::step]
+            for x, i in enumerate(group):
+                canvas[r * (h + 1):, g * wide + x * (w + 1):][:h, :w] = d.images[i, ::step, ::step]
     fig = Figure(figsize=(12, 1.2 + 12 * canvas.shape[0] / canvas.shape[1]), layout="constrained")
     ax = fig.add_subplot(title=title)
     ax.imshow(canvas, interpolation="nearest")
@@ -315,7 +303,7 @@ def parse_args(argv=None):
     p.add_argument("--el2n-epoch", type=common.count, default=10, help="epochs after which el2n looks at the network")
     p.add_argument("--batch-size", type=common.count, default=256, help="images encoded at once")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    p.add_argument("--seed", type=common.seed_type, default=0, help="of random, of the order among ties, of k-means and of the scratch network")
+    p.add_argument("--seed", type=common.seed_type, default=0, help="of random, of the order among ties and of k-means")
     p.add_argument("--overwrite", action="store_true", help="make the output again although it stands")
     args = p.parse_args(argv)
     if (args.keep is None) == (args.per_class is None):
@@ -385,13 +373,13 @@ def prune(args, d, groups, m, features, scores):
     kept = np.bincount(d.labels[keep], minlength=d.num_classes)
     if not kept.all():
         raise common.UserError(f"--scope global leaves class {d.classes[np.argmin(kept)]!r} without an image; use --scope class or a larger --keep")
-    seconds_scores = time.time() - start
+    seconds = {"seconds_features": round(seconds_features, 3), "seconds_scores": round(time.time() - start, 3)}
     common.save_npy(args.out / "scores.npy", scores)
     pictures(args.out, d, scores, keep, tie, f"{args.score or args.scores}: {len(keep)} of {len(scores)} images kept")
     common.save_npy(args.out / "keep.npy", keep)
     common.log(f"prune.py: kept {len(keep)} of {len(scores)} images ({100 * len(keep) / len(scores):.1f} %), per class {kept.min()}..{kept.max()}; "
-               f"seconds: features {seconds_features:.1f}, scores {seconds_scores:.1f}")
-    return {"kept": len(keep), "seconds_features": round(seconds_features, 3), "seconds_scores": round(seconds_scores, 3)}
+               f"seconds: features {seconds['seconds_features']:.1f}, scores {seconds['seconds_scores']:.1f}")
+    return {"kept": len(keep), **seconds}
 
 
 @common.command

@@ -1,9 +1,9 @@
 """The comparison of several runs: one table, five answers, and the pictures.
 
-Runs that differ only in `-seedN` at the end of their folder's name are one row, with mean and spread (standard deviation). A difference counts when it is
-larger than twice its standard error over seeds; with one seed nothing is claimed beyond "higher" or "lower".
+Runs that differ only in `-seedN` at the end of their folder's name are one row, with mean and standard deviation. A difference counts when it lies
+outside the 95 % interval of no difference (Welch's t over seeds); with one seed nothing is claimed beyond "higher" or "lower".
 
-Reads   RUN/metrics.json, train.args.json, stats.jsonl, samples.npy, nearest.png, trajectory.json where there is one, and the *.args.json of the stages before
+Reads   RUN/metrics.json, train.args.json, samples.npy, nearest.png, trajectory.json where there is one, and the *.args.json of the stages before
 Writes  OUT/report.md, report.json, frontier.png, per_class.png, samples.png, nearest.png
 
     python report.py runs/digits/full runs/digits/random --out runs/digits/report
@@ -19,8 +19,9 @@ import numpy as np
 
 import common
 
-# Names that run_all.sh gives its runs. The five answers look for these; other runs stand in the table alone.
+# Names that run_all.sh gives its runs. The five answers look for these, and for them with a budget behind (pruned-0.4); others stand in the table alone.
 FULL, RANDOM, RANDOM_ATTACH, PRUNED, DRO, SELECT, D2C = "full", "random", "random-attach", "pruned", "pruned-dro", "d2c-select", "d2c-select-attach"
+D2C_RANDOM = "d2c-random"                                             # where D2C keeps another number of images than pruning
 
 
 # ---------------------------------------------------------------------------------------------- reading
@@ -47,9 +48,10 @@ def preparation(record):
     for path in filter(None, (args.get("indices"), args.get("weights"), args.get("attach"), args.get("init"))):
         folder = Path(path) if Path(path).is_dir() else Path(path).parent
         if made := record_of(folder, "prune"):
-            cost["features and scores"] = made["seconds"]
-            scratch("scratch" if made["args"].get("score") in ("el2n", "ccs") else made["args"].get("surrogate"))
-            trained(made["args"].get("weights"), "surrogate network")
+            cost["features and scores"] = sum(made.get(k) or 0 for k in ("seconds_features", "seconds_scores")) or made["seconds"]
+            if made["args"].get("score") not in (None, "random", "el2n", "ccs"):                    # these look at no surrogate (el2n trains its own)
+                scratch(made["args"].get("surrogate"))
+                trained(made["args"].get("weights"), "surrogate network")
         if made := record_of(folder, "reweight"):
             cost["DRO proxy"] = made["seconds"]
             trained(made["args"].get("reference"), "reference network")
@@ -67,37 +69,75 @@ def preparation(record):
         trained(args.get("init") if path == args.get("init") else None, "start weights")
     seen = {}                                                         # a network that scored and aligned was trained once
     for what, seconds in cost.items():
-        seen.setdefault(what[what.find("("):] if "network (" in what or "encoder (" in what else what, (what, seconds))
+        seen.setdefault(what[what.find("("):] if what.endswith(")") else what, (what, seconds))
     return dict(seen.values())
 
 
 def read_run(folder):
     """One run as a namespace, its figures under every encoder."""
     folder = Path(folder)
+    if not (folder / "metrics.json").is_file():
+        raise common.UserError(f"{folder / 'metrics.json'}: no such file; measure the run first: python evaluate.py --runs {folder} --data DATA")
     m = common.load_json(folder / "metrics.json", "figures of evaluate.py")
     t = record_of(folder, "train")
     if t is None or t.get("seconds") is None:
         raise common.UserError(f"{folder}: no finished train.args.json; the report compares complete runs")
-    lines = (folder / "stats.jsonl").read_text(encoding="utf-8").splitlines() if (folder / "stats.jsonl").exists() else []
+    if not (folder / "samples.npy").is_file():
+        raise common.UserError(f"{folder / 'samples.npy'}: no such file; draw the samples again with sample.py --out {folder}")
     file = folder / "trajectory.json"
-    return SimpleNamespace(folder=folder, name=re.sub(r"-seed\d+$", "", folder.name), metrics=m, train=t, stats=[json.loads(x) for x in lines],
-                           preparation=preparation(t), trajectory=common.load_json(file, "points of evaluate.py")["points"] if file.exists() else [])
+    return SimpleNamespace(folder=folder, name=re.sub(r"-seed\d+$", "", folder.name), metrics=m, train=t, preparation=preparation(t),
+                           trajectory=common.load_json(file, "points of evaluate.py") if file.exists() else None)
+
+
+def comparable(runs, judge):
+    """One line for each setting in which runs differ although it moves the figures; differences that make the comparison void are refused."""
+    for what, value, remedy in (("data sets", lambda r: r.metrics["data"], "one report per data set"),
+                                ("versions of the data set", lambda r: r.metrics.get("data_sha256"), "evaluate all runs on one data folder"),
+                                ("networks", lambda r: r.metrics["encoders"][judge]["identity"], "run evaluate.py for all of them again, with the same weights"),
+                                ("references", lambda r: r.metrics["encoders"][judge]["reference"], "run evaluate.py for all of them with the same reference"),
+                                ("numbers of samples", lambda r: r.metrics["encoders"][judge]["n"], "a distance depends on n: draw or --num equally many")):
+        if what == "networks":
+            for r in runs:
+                if judge not in r.metrics["encoders"]:
+                    raise common.UserError(f"{r.folder}: no figures under encoder {judge}; run evaluate.py --runs {r.folder} --encoder {judge}")
+        if other := next((r for r in runs if value(r) != value(runs[0])), None):
+            raise common.UserError(f"{runs[0].folder} and {other.folder} were measured on different {what} ({value(runs[0])}, {value(other)}); {remedy}")
+    out = []
+    for k in ("sampler", "steps", "cfg", "cfg_interval", "labels"):
+        got = {json.dumps(r.metrics["protocol"].get(k)): r.name for r in runs}
+        if len(got) > 1:
+            out.append(f"sampling differs in {k}: " + ", ".join(f"{v} ({name}, ...)" for v, name in got.items()))
+    if len({r.train["args"]["batch_size"] for r in runs}) > 1:
+        out.append("training differs in the batch size")
+    return out
+
+
+def use_trajectories(runs, judge):
+    """Leave each run its points, when they were scored by the judge; all at one n. Returns notes on those left out."""
+    notes = []
+    for r in runs:
+        kept, r.trajectory = r.trajectory, []
+        if kept and kept["encoder"] == r.metrics["encoders"][judge]["identity"]:
+            r.trajectory = kept["points"]
+        elif kept:
+            notes.append(f"the trajectory of {r.folder.name} was scored by {kept['name']}, not by this report's judge {judge}: left out")
+    if len({p["n"] for r in runs for p in r.trajectory}) > 1:
+        raise common.UserError(f"{runs[0].folder / 'trajectory.json'} and others hold points at different n; run evaluate.py --trajectory for all with one --trajectory-num")
+    return notes
 
 
 def rows_of(runs, judge):
     """{run name: {figure: [one value per seed]}} in the order given."""
     table = {}
     for r in runs:
-        if judge not in r.metrics["encoders"]:
-            raise common.UserError(f"{r.folder}: no figures under encoder {judge}; run evaluate.py --runs {r.folder} --encoder {judge}")
         e, memo = r.metrics["encoders"][judge], (r.metrics.get("memorisation") or {}).get("pixels", {})
         best = min((p["fd"] for p in r.trajectory), default=None)
         values = dict(kept=r.train["images_kept"], steps=r.train["args"]["steps"], epochs=r.train["epochs"], images_seen=r.train["images_seen"], fd=e["fd"],
                       fd_subset=e.get("fd_subset"), worst=e.get("per_class", {}).get("worst_fd"), worst_n=e.get("per_class", {}).get("n"),
                       precision=e.get("precision"), recall=e.get("recall"), density=e.get("density"), coverage=e.get("coverage"),
                       read=e.get("read_as_labelled"), memo=memo.get("samples", {}).get("share"), memo_heldout=memo.get("heldout", {}).get("share"),
-                      memo_noise=memo.get("noise", {}).get("share"), memo_baseline=memo.get("baseline", {}).get("share"),
-                      ratio=memo.get("samples", {}).get("ratio", {}).get("share"), seconds=r.train["train_seconds"], preparation=sum(r.preparation.values()),
+                      memo_n=(r.metrics.get("memorisation") or {}).get("n"), memo_noise=memo.get("noise", {}).get("share"), memo_baseline=memo.get("baseline", {}).get("share"),
+                      ratio=memo.get("samples", {}).get("ratio", {}).get("share"), ratio_noise=memo.get("noise", {}).get("ratio", {}).get("share"), seconds=r.train["train_seconds"], preparation=sum(r.preparation.values()),
                       fd_best=best, n=e["n"])
         for k, v in values.items():
             table.setdefault(r.name, {}).setdefault(k, []).append(v)
@@ -122,43 +162,74 @@ def cell(values, form="{:.3g}"):
 
 
 def difference(a, b):
-    """(relative change of the mean from b to a, twice its standard error or None, number of seeds, whether the change counts)."""
+    """(relative change of the mean from b to a, half the 95 % interval of it or None, number of seeds, whether the change counts).
+
+    Welch's t test: with 3 seeds the factor is 2.8 to 4.3 standard errors, not 2. Runs of one seed share noise, which is left unused.
+    """
+    from scipy.stats import t as student
     a, b = [v for v in a if v is not None], [v for v in b if v is not None]
-    rel, n = mean(a) / mean(b) - 1, min(len(a), len(b))
+    rel, n = mean(a) / mean(b) - 1 if mean(b) else math.inf, min(len(a), len(b))
     if n < 2:
         return rel, None, n, False
-    error = 2 * math.sqrt(spread(a) ** 2 / len(a) + spread(b) ** 2 / len(b)) / mean(b)
+    va, vb = spread(a) ** 2 / len(a), spread(b) ** 2 / len(b)
+    freedom = (va + vb) ** 2 / (va ** 2 / (len(a) - 1) + vb ** 2 / (len(b) - 1)) if va + vb else 1
+    error = float(student.ppf(0.975, freedom)) * math.sqrt(va + vb) / mean(b) if mean(b) else math.inf
     return rel, error, n, abs(rel) > error
 
 
+def percent(x):
+    return f"{x:.0%}".replace("%", " %")
+
+
 def compare(a, b, who, whom, what="FD", at="at equal steps"):
-    """One sentence on two runs; lower is better. It claims a difference only when it is beyond the spread over seeds."""
+    """One sentence on two runs; lower is better. It claims a difference only when it is beyond the spread over seeds. None without figures."""
+    if mean(a) is None or mean(b) is None:
+        return None
     rel, error, n, counts = difference(a, b)
-    size = f"{abs(rel):.0%}"
+    size, way = percent(abs(rel)), "lower" if rel < 0 else "higher"
     if n < 2:
-        return f"{who} has {size} {'lower' if rel < 0 else 'higher'} {what} than {whom} {at}; one seed, so no claim"
+        return f"{who} has {size} {way} {what} than {whom} {at}; one seed, so no claim"
     if not counts:
-        return f"No difference beyond the spread between {who} and {whom}: {what} {'lower' if rel < 0 else 'higher'} by {size} {at}, n={n}, uncertainty {error:.0%}"
-    return f"{who} {'beats' if rel < 0 else 'is worse than'} {whom} by {size} {what} {at}, n={n}, uncertainty {error:.0%}"
+        return f"No difference beyond the spread between {who} and {whom}: {what} {size} {way} {at}, n={n}, spread {percent(error)}"
+    return f"{who} {'beats' if rel < 0 else 'is worse than'} {whom} by {size} {what} {at}, n={n}, spread {percent(error)}"
+
+
+def family(name):
+    """'pruned' for 'pruned-0.4': the run's name without its budget."""
+    return re.sub(r"-\d+(\.\d+)?$", "", name)
+
+
+def versus(t, run, rival, who, whom, what="FD", key="fd"):
+    """compare() on two rows of the table; the sentence says so when they did not train for the same number of steps."""
+    a, b = t[run], t[rival]
+    at = "at equal steps" if set(a["steps"]) == set(b["steps"]) else f"at {a['steps'][0]:,} steps against {b['steps'][0]:,}"
+    return compare(a[key], b[key], who, whom, what, at)
+
+
+def rival_of(t, run, families=(RANDOM, D2C_RANDOM)):
+    """The row of one of these families that kept as many images as `run`, or None: a subset is compared at its own size only."""
+    return next((name for name in t if family(name) in families and set(t[name]["kept"]) == set(t[run]["kept"])), None)
 
 
 def answer_random(t):
     """Is it better than random?"""
-    out = [compare(t[run]["fd"], t[RANDOM]["fd"], name, "random") for run, name in ((PRUNED, "Pruning"), (DRO, "Pruning + DRO weights"), (SELECT, "D2C Select"))
-           if run in t and RANDOM in t]
-    if DRO in t and PRUNED in t:
-        out.append(compare(t[DRO]["worst"], t[PRUNED]["worst"], "DRO reweighting", "the same images unweighted", f"worst-class FD (n={t[DRO]['worst_n'][0]})"))
-    return out
+    out, titles = [], {PRUNED: "Pruning", DRO: "Pruning + DRO weights", SELECT: "D2C Select", D2C: "D2C Select + Attach"}
+    for run in t:
+        if family(run) in titles and (rival := rival_of(t, run)):
+            out.append(versus(t, run, rival, titles[family(run)] + run[len(family(run)):].replace("-", " "), rival))
+    for run in t:
+        if family(run) == DRO and (rival := rival_of(t, run, (PRUNED,))):
+            out.append(versus(t, run, rival, "DRO reweighting", "the same images unweighted", f"worst-class FD (n={t[run]['worst_n'][0]} a class)", "worst"))
+    return [x for x in out if x]
 
 
 def answer_source(t):
     """Does the gain come from selection or from the attachments?"""
-    if not {RANDOM, RANDOM_ATTACH, SELECT, D2C} <= set(t):
+    if not {RANDOM_ATTACH, SELECT, D2C} <= set(t) or not (base := rival_of(t, SELECT)):
         return []
-    alone = compare(t[SELECT]["fd"], t[RANDOM]["fd"], "Selection alone", "random")
-    attach = compare(t[RANDOM_ATTACH]["fd"], t[RANDOM]["fd"], "Attaching alone", "random")
-    both = compare(t[D2C]["fd"], t[RANDOM]["fd"], "Both together", "random")
-    return [alone, attach, both, compare(t[D2C]["fd"], t[RANDOM_ATTACH]["fd"], "Selection on top of attachments", "attachments on random images")]
+    pairs = ((SELECT, base, "Selection alone", base), (RANDOM_ATTACH, base, "Attaching alone", base), (D2C, base, "Their combination", base),
+             (D2C, RANDOM_ATTACH, "Selection on top of attachments", "attachments on random images"))
+    return [x for x in (versus(t, *p) for p in pairs) if x]
 
 
 def answer_memorising(t):
@@ -168,32 +239,42 @@ def answer_memorising(t):
         m, held, noise, base = (mean(r[k]) for k in ("memo", "memo_heldout", "memo_noise", "memo_baseline"))
         if m is None:
             continue
-        if held is None:
-            out.append(f"{name}: {m:.2f} of the samples lie nearer to training images than to held-out ones (0.5 = none copied, {noise:.2f} = what noisy copies would score)")
+        chance = 1 / math.sqrt(min(r["memo_n"]))                      # two standard errors of a share near one half; seeds share the held-out images
+        ratio, ratio_noise = mean(r["ratio"]), mean(r["ratio_noise"])
+        second = f"; far nearer to one of them than to the next 50: {percent(ratio)}, noisy copies {percent(ratio_noise)}" if ratio is not None and ratio_noise is not None else ""
+        if held is None:                                              # a copier cannot score 1 here: see models.metrics.matched_set_test
+            gap = noise - 0.5
+            verdict = ("has too few held-out images or samples to tell" if gap < 2 * chance else "copies" if m > 0.5 + max(gap / 2, 1.5 * chance) else
+                       "leans towards copying" if m > 0.5 + max(gap / 4, 1.5 * chance) else "shows no sign of copying")
+            out.append(f"{name} {verdict}: {m:.2f} of the samples lie nearer to training images than to held-out "
+                       f"ones (0.50 = none copied, {noise:.2f} = all of them noisy copies){second}")
             continue
         zero = max(held, base if base is not None else held)
-        verdict = ("copies" if m > (zero + noise) / 2 else "leans towards copying" if m > zero + 0.1 else "does not memorise beyond its controls")
+        verdict = ("copies" if m > (zero + noise) / 2 else "leans towards copying" if m > zero + max(0.1, chance) else "does not memorise beyond its controls")
+        if abs(held - 0.5) > 0.1 and base is None or noise < zero + 0.2:
+            verdict = "cannot be judged, its controls are off"
         out.append(f"{name} {verdict}: {m:.2f} of the samples lie nearer to its own images than to equally many unseen ones (held-out images {held:.2f}"
-                   + (f", samples of the full model {base:.2f}" if base is not None else "") + f", noisy copies {noise:.2f})")
+                   + (f", samples of the full model {base:.2f}" if base is not None else "") + f", noisy copies {noise:.2f}){second}")
     return out
 
 
 def answer_cost(t, reached):
-    """What does preparation cost, and what is the speed-up?"""
+    """What does preparation cost, and when does each run reach the full run's final FD?"""
     out = []
     for name, r in t.items():
-        if name == FULL:
-            continue
         train, prep = mean(r["seconds"]), mean(r["preparation"])
         if prep > 0:
-            out.append(f"{name}: {prep:,.0f} s of preparation for {train:,.0f} s of training")
-        if reached and name in reached and FULL in reached:
-            point, goal = reached[name], reached[FULL]
-            if point is None:
-                out.append(f"{name}: full-data quality not reached (best FD {mean(r['fd_best']):.3g}, full {mean(t[FULL]['fd']):.3g})")
-            else:
-                out.append(f"{name}: within 5 % of the full run's final FD after {point['step']:,.0f} steps, {point['images_seen']:,.0f} images, {point['seconds']:,.0f} s: "
-                           f"speed-up {goal['seconds'] / max(point['seconds'], 1e-9):.2f}x without preparation, {goal['seconds'] / max(point['seconds'] + prep, 1e-9):.2f}x with it")
+            out.append(f"{name}: {prep:,.1f} s of preparation for {train:,.0f} s of training")
+        if FULL not in reached or name not in reached:
+            continue
+        point, goal = reached[name], reached[FULL]
+        if point is None:
+            seeds = "" if len(r["fd_best"]) < 2 else " in every seed"
+            out.append(f"{name}: the full run's final FD (within 5 %) was not reached{seeds}; its best is {mean(r['fd_best']):.3g}")
+            continue
+        out.append(f"{name}: within 5 % of the full run's final FD after {point['step']:,.0f} steps, {point['images_seen']:,.0f} images, {point['seconds']:,.0f} s"
+                   + (f" (speed-up {goal['seconds'] / max(point['seconds'], 1e-9):.2f}x, with preparation {goal['seconds'] / max(point['seconds'] + prep, 1e-9):.2f}x)"
+                      if name != FULL and goal else ""))
     return out
 
 
@@ -204,10 +285,13 @@ def answer_elsewhere(t, train):
 
 
 def reach(runs, goal, within=0.05):
-    """{run name: first point of its trajectory, averaged over seeds, with FD <= (1 + within) goal, or None}; runs without a trajectory are left out."""
+    """{run name: first point of its trajectory, averaged over seeds, with FD <= (1 + within) goal, or None when a seed has none}; without trajectory: left out.
+
+    Checkpoints are the resolution: a run reached it somewhere in the interval before the point.
+    """
     out = {}
-    for name in {r.name for r in runs if r.trajectory}:
-        first = [next((p for p in r.trajectory if p["fd"] <= (1 + within) * goal), None) for r in runs if r.name == name]
+    for name in dict.fromkeys(r.name for r in runs if r.trajectory):
+        first = [next((p for p in r.trajectory if p["fd"] <= (1 + within) * goal), None) for r in runs if r.name == name and r.trajectory]
         out[name] = None if any(p is None for p in first) else {k: statistics.fmean(p[k] for p in first) for k in ("step", "images_seen", "seconds")}
     return out
 
@@ -225,53 +309,82 @@ def save(fig, path):
         fig.savefig(tmp, dpi=110)
 
 
-MARKS = "osD^vPX*<>"
+# Told apart in grey print too: by mark, dash and hatch.
+MARKS, DASHES, HATCHES = "osD^vPX*<>", ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (3, 2, 1, 2))), ("", "///", "...", "\\\\\\", "xxx", "ooo", "+++")
+
+
+def look(t, name):
+    k = list(t).index(name)
+    return dict(color=f"C{k % 10}", marker=MARKS[k % len(MARKS)], ls=DASHES[k % len(DASHES)])
+
+
+def curve(runs, name, key):
+    """(x, mean, lowest, highest FD) over the seeds of a run, at the steps that all its seeds have; x is the mean of `key`."""
+    per = [{p["step"]: p for p in r.trajectory} for r in runs if r.name == name and r.trajectory]
+    steps = sorted(set.intersection(*map(set, per)))
+    fd = np.array([[p[s]["fd"] for s in steps] for p in per])
+    return np.array([statistics.fmean(p[s][key] for p in per) for s in steps]), fd.mean(0), fd.min(0), fd.max(0)
+
+
+def plain_log(ax):
+    """A logarithmic y axis with plain numbers."""
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
+    ax.set_yscale("log")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    ax.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    ax.yaxis.set_minor_formatter(NullFormatter())
 
 
 def frontier(runs, t, judge, path):
-    """FD against steps, images seen and seconds; without trajectories the end points against seconds of training, and with preparation."""
-    with_points = [r for r in runs if r.trajectory]
-    if with_points:
-        fig = figure(12, 3.8)
-        for ax, (key, label) in zip(fig.subplots(1, 3, sharey=True), (("step", "steps"), ("images_seen", "images seen"), ("seconds", "seconds of training (dashed: + preparation)"))):
-            for k, r in enumerate(with_points):
-                color = f"C{list(t).index(r.name) % 10}"
-                y = [p["fd"] for p in r.trajectory]
-                first = next(q for q in with_points if q.name == r.name) is r
-                ax.plot([p[key] for p in r.trajectory], y, color=color, marker=MARKS[list(t).index(r.name) % len(MARKS)], ms=3.5, label=r.name if first else None)
-                if key == "seconds" and sum(r.preparation.values()):
-                    ax.plot([p[key] + sum(r.preparation.values()) for p in r.trajectory], y, color=color, ls="--", lw=1)
-            ax.set(xlabel=label, yscale="log")
-            ax.grid(alpha=0.3)
+    """FD against steps, images seen and seconds, band = lowest to highest seed; without trajectories the end points against seconds, and with preparation."""
+    followed = [name for name in t if any(r.trajectory for r in runs if r.name == name)]
+    if followed:
+        fig = figure(12, 4.6)
+        for ax, (key, label) in zip(fig.subplots(1, 3, sharey=True), (("step", "steps"), ("images_seen", "images seen"), ("seconds", "seconds of training + preparation"))):
+            for name in followed:
+                x, fd, low, high = curve(runs, name, key)
+                x = x + (mean(t[name]["preparation"]) if key == "seconds" else 0)
+                ax.plot(x, fd, ms=4, lw=1.3, label=name, **look(t, name))
+                ax.fill_between(x, low, high, color=look(t, name)["color"], alpha=0.2, lw=0)
+            ax.set(xlabel=label, xlim=(0, None))
+            plain_log(ax)
+            ax.grid(alpha=0.3, which="both")
         fig.axes[0].set(ylabel=f"{judge}, lower is better")
-        fig.axes[0].legend(fontsize=7)
+        fig.legend(*fig.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize=8, handlelength=4)
     else:
-        fig = figure(7, 4)
+        fig = figure(8, 4.2)
         ax = fig.subplots()
-        for k, (name, r) in enumerate(t.items()):
-            x, fd = mean(r["seconds"]), mean(r["fd"])
-            ax.errorbar([x], [fd], yerr=spread(r["fd"]), marker=MARKS[k % len(MARKS)], color=f"C{k % 10}", label=name, ls="", ms=7)
+        for name, r in t.items():
+            x, fd, style = mean(r["seconds"]), mean(r["fd"]), look(t, name)
+            ax.errorbar([x], [fd], yerr=spread(r["fd"]), capsize=3, label=name, ms=7, **style | dict(ls="none"))
             if mean(r["preparation"]):
-                ax.plot([x, x + mean(r["preparation"])], [fd, fd], color=f"C{k % 10}", ls="--", lw=1)
-        ax.set(xlabel="seconds of training (dashed: + preparation)", ylabel=f"{judge}, lower is better", xlim=(0, None), ylim=(0, None))
-        ax.legend(fontsize=8)
+                ax.plot([x, x + mean(r["preparation"])], [fd, fd], color=style["color"], ls=":", lw=1)
+                ax.plot([x + mean(r["preparation"])], [fd], ms=7, mfc="none", **style)
+        ax.set(xlabel="seconds of training (filled) and with preparation (hollow)", ylabel=f"{judge}, lower is better", xlim=(0, None), ylim=(0, None))
+        fig.legend(*ax.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
         ax.grid(alpha=0.3)
     save(fig, path)
 
 
 def per_class(runs, t, judge, path):
-    """Bars of the distance per class, first seed of each run, real images as a line."""
-    data = [(r.name, r.metrics["encoders"][judge]["per_class"]) for r in runs if "per_class" in r.metrics["encoders"][judge] and not re.search(r"-seed\d+$", r.folder.name)]
-    if not data:
+    """Bars of the distance per class, mean over seeds, real images as a line."""
+    rows = {}
+    for r in runs:
+        if "per_class" in r.metrics["encoders"][judge]:
+            rows.setdefault(r.name, []).append(r.metrics["encoders"][judge]["per_class"])
+    if not rows:
         return False
-    K = min(len(data[0][1]["fd"]), 20)
-    fig = figure(12, 3.6)
-    ax, w = fig.subplots(), 0.85 / len(data)
-    for k, (name, p) in enumerate(data):
-        ax.bar(np.arange(K) + (k - len(data) / 2 + 0.5) * w, p["fd"][:K], w, label=name, color=f"C{list(t).index(name) % 10}")
-    ax.plot(np.arange(K), data[0][1]["real"][:K], "k_", ms=26, label="real images")
-    ax.set(xlabel="class", ylabel=f"distance per class, n={data[0][1]['n']}", xticks=np.arange(K))
-    ax.legend(fontsize=7, ncols=4)
+    real = next(iter(rows.values()))[0]
+    K = min(len(real["fd"]), 20)
+    fig = figure(12, 4.2)
+    ax, w = fig.subplots(), 0.85 / len(rows)
+    for k, (name, seeds) in enumerate(rows.items()):
+        ax.bar(np.arange(K) + (k - len(rows) / 2 + 0.5) * w, np.mean([p["fd"][:K] for p in seeds], axis=0), w, label=name, color=look(t, name)["color"],
+               hatch=HATCHES[k % len(HATCHES)], edgecolor="white", lw=0.3)
+    ax.hlines(real["real"][:K], np.arange(K) - 0.45, np.arange(K) + 0.45, color="k", lw=1.8, label="real images")
+    ax.set(xlabel="class" + (f" (the first {K} of {len(real['fd'])})" if len(real["fd"]) > K else ""), ylabel=f"distance per class, n={real['n']}", xticks=np.arange(K),
+           xlim=(-0.6, K - 0.4))
+    fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=8, fontsize=8)
     save(fig, path)
     return True
 
@@ -306,29 +419,35 @@ def nearest_sheet(runs, path):
 
 
 # ---------------------------------------------------------------------------------------------- the page
-def page(runs, t, judge, reached, pictures):
+def page(runs, t, judge, reached, pictures, notes=()):
     r0 = runs[0]
     e = r0.metrics["encoders"][judge]
     seeds = max(len(r["fd"]) for r in t.values())
     share = lambda values: cell(values, "{:.2f}")                     # noqa: E731
     lines = [f"# {r0.metrics['data']}: is it better than random?", "",
-             f"{e['distance']}, lower is better, {e['n']:,} samples a run, reference: {e['reference']} ({e['reference_n']:,} images)"
-             + (f"; held-out images score {e['fd_heldout']:.3g} (n={e['fd_heldout_n']:,})" if e["fd_heldout"] is not None else "") + f". Seeds: {seeds}"
-             + (", mean ± standard deviation." if seeds > 1 else " (no spread: differences below are not claims)."), "",
+             f"{e['distance']}, lower is better, {e['n']:,} samples a run, reference: {e['reference']}" + (f" ({e['reference_n']:,} images)" if e["reference_n"] else "")
+             + f". Seeds: {seeds}" + (", mean ± standard deviation." if seeds > 1 else " (no spread: differences below are not claims)."), "",
              "| run | images | steps | epochs | FD | FD of the subset itself | worst class FD | precision | recall | read as labelled | memorised share | train s | prepare s |",
              "|---|---|---|---|---|---|---|---|---|---|---|---|---|"]
     for name, r in t.items():
         lines.append(f"| {name} | {r['kept'][0]:,} | {r['steps'][0]:,} | {mean(r['epochs']):,.0f} | {cell(r['fd'])} | {cell(r['fd_subset'])} | {cell(r['worst'])} | "
                      f"{share(r['precision'])} | {share(r['recall'])} | {share(r['read'])} | {share(r['memo'])} | {cell(r['seconds'], '{:,.0f}')} | {cell(r['preparation'], '{:,.0f}')} |")
+    if e["fd_heldout"] is not None:                                   # real images as the yardstick, at their own n
+        at = e.get("fd_at_heldout_n")
+        lines += ["", f"Real held-out images score {e['fd_heldout']:.3g} at n={e['fd_heldout_n']:,}" + (f"; {r0.name}'s samples score {at:.3g} at that n" if at is not None else "")
+                  + (f". Neither is comparable with the column FD (n={e['n']:,}): a distance falls as n grows." if e["fd_heldout_n"] != e["n"] else ".")]
     heldout, noise = mean([v for r in t.values() for v in r["memo_heldout"]]), mean([v for n, r in t.items() if n != FULL for v in r["memo_noise"]])
-    lines += ["", "*Memorised share*: samples nearer (pixels) to the images that the model saw than to equally many, class-matched images that it did not see; "
-              + (f"held-out images score {heldout:.2f}, noisy copies {noise:.2f}. " if heldout is not None and noise is not None else "")
+    lines += ["", "*Memorised share*: samples nearer (pixels) to the images that the model saw than to equally many, class-matched images that it did not see"
+              + (f"; held-out images score {heldout:.2f}, noisy copies {noise:.2f}. " if heldout is not None and noise is not None else ". ")
               + "For `full` the unseen images are the held-out split. *FD of the subset itself* is what a perfect copier of the kept images would score. "
               + (f"*Worst class FD* is at n={t[r0.name]['worst_n'][0]} a class, where real images score {e['per_class']['real_mean']:.3g} on average. " if "per_class" in e else "")
-              + "*Prepare s* counts features, scores, weights, attachments and the training of every network these used.", ""]
+              + "*Prepare s* counts features, scores, weights, attachments and the training of every network these used; sampling and judging are in no column."
+              + (" *Spread* below: half the width of the 95 % interval of a difference (Welch's t over seeds), in % of the second run's mean." if seeds > 1 else ""), ""]
+    lines += [f"> **Note.** {note[0].upper() + note[1:]}.\n" for note in notes]
     circular = sorted({r.name for r in runs if r.metrics["encoders"][judge].get("circular")})
     if circular:
-        lines += [f"> **Warning.** The judge {judge} also selected the images of, or was aligned to by: {', '.join(circular)}. Look at a second encoder's figures.", ""]
+        lines += [f"> **Warning.** The judge, {judge}, also selected the images of, or was the alignment target of: {', '.join(circular)}. "
+                  "Do not trust these rows under it: measure with a second encoder and compare.", ""]
     for other in sorted({k for r in runs for k in r.metrics["encoders"]} - {judge}):
         got = {}
         for r in runs:
@@ -336,11 +455,12 @@ def page(runs, t, judge, reached, pictures):
                 got.setdefault(r.name, []).append(r.metrics["encoders"][other]["fd"])
         lines += [f"Second judge, {runs[0].metrics['encoders'].get(other, {}).get('distance', other)}: " + ", ".join(f"{n} {cell(v)}" for n, v in got.items()), ""]
     questions = (("Is it better than random?", answer_random(t)), ("Is the gain from selection or from attachments?", answer_source(t)),
-                 ("Is it memorising?", answer_memorising(t)), ("What does preparation cost?", answer_cost(t, reached)),
+                 ("Is it memorising?", answer_memorising(t)), ("What does preparation cost, and when is the full run's quality reached?", answer_cost(t, reached)),
                  ("Does it hold on another model or data set?", answer_elsewhere(t, {**r0.train, "data": r0.metrics["data"]})))
     lines += ["## The five questions", ""]
     for k, (question, answers) in enumerate(questions, 1):
-        lines += [f"{k}. **{question}** " + (". ".join(a[0].upper() + a[1:] for a in answers) + "." if answers else "The runs that would answer it are not here."), ""]
+        lines += [f"{k}. **{question}**" + ("" if answers else " The runs that would answer it are not here.")]
+        lines += [*(f"   - {answer}." for answer in answers), ""]
     costs = {r.name: r.preparation for r in runs if r.preparation}
     if costs:
         lines += ["## Preparation, in seconds", "", "| run | " + "what |", "|---|---|"]
@@ -367,16 +487,17 @@ def parse_args(argv=None):
 def main(argv=None):
     a = parse_args(argv)
     runs = [read_run(r) for r in a.runs]
-    if len({r.metrics["data"] for r in runs}) > 1:
-        raise common.UserError(f"{a.runs[0]} and others were measured on different data sets: {', '.join(sorted({r.metrics['data'] for r in runs}))}; one report per data set")
     judge = a.encoder or next(iter(runs[0].metrics["encoders"]))
+    notes = comparable(runs, judge)
+    notes += use_trajectories(runs, judge)
     t = rows_of(runs, judge)
-    reached = reach(runs, mean(t[FULL]["fd"])) if FULL in t else {}
+    goal = mean([r.trajectory[-1]["fd"] for r in runs if r.name == FULL and r.trajectory])          # its final FD, at the n of the trajectories
+    reached = reach(runs, goal) if goal is not None else {}
     out = Path(a.out)
     out.mkdir(parents=True, exist_ok=True)
     distance = runs[0].metrics["encoders"][judge]["distance"]
     frontier(runs, t, distance, out / "frontier.png")
-    pictures = [("frontier.png", "Quality against cost. Lower and further left is better; dashed: with preparation")]
+    pictures = [("frontier.png", "Quality against cost: lower and further left is better")]
     sample_sheet(runs, out / "samples.png")
     pictures.append(("samples.png", "Samples, the same label and start noise in each column"))
     if per_class(runs, t, judge, out / "per_class.png"):
@@ -384,9 +505,9 @@ def main(argv=None):
     if nearest_sheet(runs, out / "nearest.png"):
         pictures.append(("nearest.png", "The most suspicious samples (upper row) and the nearest image each model has seen (lower row)"))
     common.save_json(out / "report.json", {"judge": judge, "rows": t, "reached": reached, "preparation": {r.folder.name: r.preparation for r in runs}})
-    text = page(runs, t, judge, reached, pictures)
+    text = page(runs, t, judge, reached, pictures, notes)
     common.save_text(out / "report.md", text)
-    common.log("\n".join(line for line in text.splitlines() if line.startswith("|") or line[:1].isdigit()))
+    common.log("\n".join(line for line in text.splitlines() if line.startswith(("|", "   - ")) or line[:1].isdigit()))
     common.log(f"report: {out / 'report.md'}")
 
 

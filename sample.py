@@ -53,6 +53,7 @@ def draw(a, model, process, y, device, stage):
             x = generate(model, process, torch.from_numpy(y[ids]).to(device), [common.generator(a.seed, "sample", int(i)) for i in ids],
                          a.sampler, a.steps, a.cfg, a.cfg_interval, **options)
         if not x.isfinite().all():
+            bar.close()
             raise common.UserError(f"{a.checkpoint}: samples hold NaN or infinity; the checkpoint has diverged, or --cfg {a.cfg:g} is too large")
         pixels[ids] = to_uint8(x).cpu().numpy()
         pixels.flush()
@@ -110,6 +111,8 @@ def main(argv=None):
         raise common.UserError(f"--sampler {a.sampler}: {a.checkpoint} is a {process.name} model; choose one of {', '.join(SAMPLERS[process.name])}")
     if state["args"]["latents"]:
         raise common.UserError(f"{a.checkpoint}: a model of latents; drawing from it needs a VAE decoder, which this version does not have")
+    if a.cfg_interval[0] > a.cfg_interval[1]:
+        raise common.UserError(f"--cfg-interval {a.cfg_interval[0]:g} {a.cfg_interval[1]:g}: the first must not be larger; 0 is data, 1 is noise")
     y = make_labels(a.labels, a.num, model.num_classes, a.seed)
     outputs = ["samples.npy", "sample_labels.npy"] + ["samples.npz"] * a.npz
     stage = common.Stage("sample", a.out, a, {"checkpoint": a.checkpoint}, outputs, ("batch_size",), a.overwrite)

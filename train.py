@@ -167,14 +167,16 @@ def load_inputs(a):
         if a.indices and not np.array_equal(common.load_indices(a.indices, len(d.labels)), i.keep):
             raise common.UserError(f"{a.indices}: holds other indices than {attach / 'keep.npy'}, to which the attachments belong; leave --indices out")
         if (attach / "text.npy").exists():
-            i.text = common.load_npy(attach / "text.npy", "text tokens, float16 (K, L, d)", (d.num_classes, None, None), "f")
-            i.mask = common.load_npy(attach / "text_mask.npy", "text mask, bool (K, L)", i.text.shape[:2], "b")
+            i.text = np.array(common.load_npy(attach / "text.npy", "text tokens, float16 (K, L, d)", (d.num_classes, None, None), "f"))
+            i.mask = np.array(common.load_npy(attach / "text_mask.npy", "text mask, bool (K, L)", i.text.shape[:2], "b"))
             common.check_finite(i.text, attach / "text.npy", "text tokens")
         if (attach / "visual.npy").exists() and a.align > 0:
             i.visual = common.load_npy(attach / "visual.npy", "visual tokens, float16 (M, [2,] tokens, d)", None, "f")
             if len(i.visual) != len(i.keep) or i.visual.ndim not in (3, 4) or (i.visual.ndim == 4 and i.visual.shape[1] != 2):
                 raise common.UserError(f"{attach / 'visual.npy'}: shape {i.visual.shape}, but {len(i.keep)} kept images need ({len(i.keep)}, tokens, d), or "
                                        f"({len(i.keep)}, 2, tokens, d) with flips; run attach.py again")
+            if math.isqrt(i.visual.shape[-2]) ** 2 != i.visual.shape[-2]:
+                raise common.UserError(f"{attach / 'visual.npy'}: {i.visual.shape[-2]} tokens do not make a square grid; run attach.py again")
             if i.visual.ndim == 3:                                    # a mirrored image would be aligned to features of the unmirrored one
                 if a.flips_asked:
                     raise common.UserError(f"--flips: {attach / 'visual.npy'} holds one orientation only; run attach.py --flips, or leave --flips out")
@@ -347,6 +349,8 @@ def train(a, i, stage, device):
         common.log("the images do not fit beside the network: they are read from disk ahead of each step")
     bar, clock, first_log = common.progress(total=a.steps, initial=start, desc=str(stage.out)), time.time(), None
     net.train()
+    if a.steps == 0:                                                  # --init CKPT --steps 0: another checkpoint as one of ours
+        save(0)
     rows = order(start)
     for step in range(start, a.steps):
         ahead = order(step + 1)
@@ -354,6 +358,7 @@ def train(a, i, stage, device):
         u_all, eps_all = torch.rand(B, generator=g, device=device), torch.randn(B, *shape, generator=g, device=device)
         drop_all, flip_all = torch.rand(B, generator=g, device=device), torch.rand(B, generator=g, device=device) < 0.5
         post_all = torch.randn(B, *shape, generator=g, device=device) if settings["latents"] else None
+        torch.manual_seed(common.generator(a.seed, "dropout", step, common.rank()).initial_seed())          # dropout has no generator of its own
         optimizer.param_groups[0]["lr"] = lr_at(step, a)
         mine, x_all = rows[lo:hi], images.get(rows[lo:hi], ahead[lo:hi])
         y_all = labels[mine.to(device, non_blocking=True)]
@@ -375,6 +380,7 @@ def train(a, i, stage, device):
             with common.autocast(device, a.amp):
                 loss, align = wrapped(x, u, eps, y_in, v)                                 # (n,), (n,)
             total = (weight * loss).mean() + (a.align * align.mean() if align is not None else 0)
+            total = total * torch.where(total.detach().isfinite(), 1, math.nan)           # an infinite loss can have finite gradients
             scaler.scale(total / a.accumulate).backward()
             logger.add(u, loss.detach(), None if align is None else align.detach())
         scaler.unscale_(optimizer)
@@ -389,10 +395,12 @@ def train(a, i, stage, device):
         logger.sums[23] += 1 * finite
         images_seen, rows = images_seen + B, ahead
         bar.update()
-        done, last = step + 1, step + 1 == a.steps
-        if done % a.log_every == 0 or last or stop or (device.type == "cpu" or done % MAX_BAD_STEPS == 0) and bad[0] >= MAX_BAD_STEPS:
+        done, last, leave = step + 1, step + 1 == a.steps, any_rank(stop)
+        saving = last or leave or a.checkpoint_every and done % a.checkpoint_every == 0  # a log line with each checkpoint: a resume loses no sums
+        if done % a.log_every == 0 or saving or (device.type == "cpu" or done % MAX_BAD_STEPS == 0) and bad[0] >= MAX_BAD_STEPS:
             spent = seconds + time.time() - clock
-            if bad[0] >= MAX_BAD_STEPS:
+            if bad[0] >= MAX_BAD_STEPS or last and bad[0] > 2:        # one or two are fp16 finding its scale, and their weights are sound
+                bar.close()
                 raise common.UserError(f"{stage.out}: {int(bad[0])} steps in a row had a non-finite loss or gradient, up to step {done}; last.pt keeps the last good "
                                        "checkpoint; check the data, lower --lr, or use --amp bf16 or none")
             row = logger.write(done, lr=lr_at(step, a), images=images_seen, epoch=images_seen / M, seconds=round(spent, 3), skipped=int(bad[1]), scale=scaler.get_scale())
@@ -400,8 +408,8 @@ def train(a, i, stage, device):
             if first_log is None and not last:
                 first_log = (spent - seconds) / (done - start)
                 common.log(f"{B / first_log:,.0f} images/s, about {first_log * (a.steps - done) / 60:,.1f} minutes to go")
-        if a.checkpoint_every and done % a.checkpoint_every == 0 or last or stop:
-            if bad[0] == 0:                                           # never replace a good checkpoint in the middle of a divergence
+        if saving:
+            if bad[0] <= 2:                                           # never replace a good checkpoint in the middle of a divergence
                 save(done)
                 if main and a.checkpoint_every and done % a.checkpoint_every == 0:
                     common.save_pt(stage.out / f"step_{done:07d}.pt", {"ema": ema.state_dict(), "step": done, "images_seen": images_seen,
@@ -410,7 +418,7 @@ def train(a, i, stage, device):
             pause = time.time()
             preview(ema, process, settings, device, stage.out / f"samples_{done:07d}.png", a.seed)
             clock += time.time() - pause                              # pictures are not training
-        if any_rank(stop):
+        if leave:
             common.log(f"stopped by SIGTERM at step {done}; run the same command again to go on")
             sys.stdout.flush()
             sys.exit(143)
@@ -485,11 +493,12 @@ def main(argv=None):
     settings_of(a, i)
     free = ["checkpoint_every", "sample_every", "log_every", "flips_asked"] + ["steps"] * (a.schedule == "constant")
     inputs = {"data": i.data.info, "indices": a.indices, "weights": a.weights, "init": a.init, "attach": Path(a.attach) / "attach.args.json" if a.attach else None}
-    stage = common.Stage("train", a.out, a, inputs, ("last.pt", "loss.png"), free, a.overwrite)
+    stage = common.Stage("train", a.out, a, inputs, ("last.pt", "loss.png"), free, a.overwrite,
+                         ready=lambda: common.load_pt(Path(a.out) / "last.pt")["step"] >= a.steps)
     if a.overwrite and common.rank() == 0:
         for old in [*stage.out.glob("step_*.pt"), *stage.out.glob("samples_*.png"), *(stage.out / n for n in ("last.pt", "stats.jsonl", "loss.png") if (stage.out / n).exists())]:
             old.unlink()
-    if stage.done and common.load_pt(stage.out / "last.pt")["step"] >= a.steps:
+    if stage.done:
         return
     stage.finish(**train(a, i, stage, device))
 

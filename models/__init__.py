@@ -34,7 +34,7 @@ def from_checkpoint(state, ema=True):
         model = build(args)
         weights = state["ema" if ema else "model"]
         process = make_process(args["process"], args.get("predict", "eps"))
-    except (KeyError, TypeError) as e:
+    except (KeyError, TypeError, RuntimeError) as e:
         raise ValueError(f"a setting or part is missing or of the wrong kind ({e})") from e
     fits(model, weights)
     model.load_state_dict(weights)
@@ -44,13 +44,14 @@ def from_checkpoint(state, ema=True):
 def init_from(model, state, path):
     """Start weights for `model` from the EMA of a checkpoint dict of train.py; its text tokens stay its own. `path` names the file in messages.
 
-    Raises ValueError when it is no such checkpoint, or at the first weight whose name or shape differs. Official DiT/SiT weights are refused: SiT runs
-    time the other way, which the time embedding cannot absorb, so training on from them would start from a wrong network.
+    Raises ValueError when it is no such checkpoint, or at the first weight whose name or shape differs. Official DiT/SiT weights are refused: SiT
+    runs time the other way, which the time embedding cannot absorb, so training on from them would start from a wrong network.
     """
     if not isinstance(state.get("args"), dict) or not isinstance(state.get("ema"), dict):
         inner = next((state[k] for k in ("ema", "model") if isinstance(state.get(k), dict)), state)
-        if any(k.endswith("x_embedder.proj.weight") for k in inner):
-            raise ValueError(f"{path}: official DiT/SiT weights can only be the --reference of attach.py, not start weights; give a checkpoint of train.py")
+        if any(str(k).endswith("x_embedder.proj.weight") for k in inner):
+            raise ValueError(f"{path}: official DiT/SiT weights can only be the --reference of attach.py, not start weights; "
+                             "give a checkpoint of train.py")
         raise ValueError(f"{path}: not a checkpoint of train.py (no settings inside)")
     try:
         fits(model, state["ema"])

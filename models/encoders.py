@@ -406,8 +406,12 @@ def train_scratch(images, labels, num_classes, device, seed=0, epochs=None, test
     if len(labels.unique()) < 2:
         raise ValueError("scratch network: all images are of one class, so there is nothing to learn; use another encoder (inception, dinov2_vitb14, "
                          "ddae, pixels)")
-    parts = (torch.from_numpy(np.array(images[lo:lo + 2048])) for lo in range(0, n, 2048))
-    data = torch.cat([x if size <= 64 else shrink(x.permute(0, 3, 1, 2).float()).round().byte().permute(0, 2, 3, 1) for x in parts])
+    data = None
+    for lo in range(0, n, 2048):
+        x = torch.from_numpy(np.array(images[lo:lo + 2048]))
+        x = x if size <= 64 else shrink(x.permute(0, 3, 1, 2).float()).round().byte().permute(0, 2, 3, 1)
+        data = torch.empty((n, *x.shape[1:]), dtype=torch.uint8) if data is None else data
+        data[lo:lo + 2048] = x
     data, labels = (data.to(device) if data.nbytes < 8e9 else data), labels.to(device)             # (N, h, w, C) uint8, sides at most 64
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)                     # not torch.manual_seed, which would reset every GPU's stream too
@@ -432,19 +436,22 @@ def train_scratch(images, labels, num_classes, device, seed=0, epochs=None, test
     state = {"model": {k: v.detach().cpu().clone() for k, v in net.state_dict().items()}, "accuracy": None, "seed": seed,
              "settings": {"channels": channels, "size": size, "num_classes": num_classes, "epochs": epochs, "batch": batch}}
     if test_images is not None and len(test_images):
-        state["accuracy"] = float((_logits(state, test_images, device).argmax(1) == np.asarray(test_labels)).mean())
+        state["accuracy"] = float((extract(_restored(state, test_images, device), test_images, kind="logits").argmax(1) == np.asarray(test_labels)).mean())
     return state
 
 
-def _logits(state, images, device):
-    return extract(Encoder("scratch", Scratch.restore(state), ENCODERS["scratch"], device, images[:1]), images, kind="logits")
+def _restored(state, images, device):
+    return Encoder("scratch", Scratch.restore(state), ENCODERS["scratch"], device, images[:1])
 
 
 def el2n(images, labels, num_classes, device, epochs=10, seeds=3):
     """EL2N of each image, float64 (N,): ||softmax(logits) - onehot||_2 after `epochs` epochs of training, mean over seeds (Paul et al. 2021)."""
-    total, onehot = np.zeros(len(images)), np.eye(num_classes)[np.asarray(labels)]
+    total, labels = np.zeros(len(images)), np.asarray(labels)
     for seed in range(seeds):
-        state = train_scratch(images, labels, num_classes, device, seed, stop=epochs)
-        p = torch.from_numpy(_logits(state, images, device)).double().softmax(1).numpy()
-        total += np.linalg.norm(p - onehot, axis=1)
+        net = _restored(train_scratch(images, labels, num_classes, device, seed, stop=epochs), images, device)
+        for lo in range(0, len(images), 8192):                        # N x K never stands in memory as a whole
+            rows = np.arange(lo, min(lo + 8192, len(images)))
+            error = torch.from_numpy(extract(net, images, kind="logits", rows=rows)).double().softmax(1)      # (b, K)
+            error[torch.arange(len(rows)), torch.from_numpy(labels[rows]).long()] -= 1
+            total[rows] += error.norm(dim=1).numpy()
     return total / seeds

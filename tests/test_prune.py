@@ -191,8 +191,9 @@ def test_kmeans_finds_separate_blobs_and_stands_duplicates():
     rng = np.random.default_rng(0)
     where = np.array([[0, 0], [50, 0], [0, 50], [50, 50]])
     z = (where[np.arange(80) % 4] + rng.normal(size=(80, 2))).astype(np.float32)
-    C, sizes = prune.kmeans(z, 4, rng)
-    assert sorted(sizes) == [20] * 4
+    for seed in range(20):                                            # centres drawn evenly miss a blob in most runs, and Lloyd rarely mends it
+        C, sizes = prune.kmeans(z, 4, np.random.default_rng(seed))
+        assert sorted(sizes) == [20] * 4
     for w in where:
         np.testing.assert_allclose(C[((C - w) ** 2).sum(1).argmin()], z[(np.arange(80) % 4) == where.tolist().index(w.tolist())].mean(0), rtol=1e-6)
     inertia = ((z[:, None] - C) ** 2).sum(2).min(1).sum()
@@ -368,7 +369,7 @@ def test_scratch_is_trained_once_and_kept_with_the_data(data, tmp_path, monkeypa
     monkeypatch.setattr(prune.encoders, "train_scratch", train)
     run(data, tmp_path / "a", "--surrogate", "scratch", "--score", "herding", "--keep", 0.5, "--seed", 3)
     run(data, tmp_path / "b", "--surrogate", "scratch", "--score", "moderate", "--keep", 0.5, "--seed", 3)
-    assert len(calls) == 1 and calls[0][0] == 3 and calls[0][2] == 3 and (data / "scratch.pt").exists()
+    assert len(calls) == 1 and calls[0][0] == 3 and (data / "scratch.pt").exists()
     assert np.array_equal(np.load(tmp_path / "a" / "features.npy"), np.load(tmp_path / "b" / "features.npy"))
 
 
@@ -437,6 +438,14 @@ def test_an_emptied_class_leaves_the_features_for_the_next_call(data, tmp_path, 
         run(data, out, *flags, "--scope", "global")
     assert "without an image" in capsys.readouterr().err
     assert sorted(p.name for p in out.iterdir()) == ["features.json", "features.npy"]
+    foreign = tmp_path / "foreign"                                    # features of other weights do not count as done
+    foreign.mkdir()
+    note = json.loads((out / "features.json").read_text())
+    note["key"]["identity"] = "pixels:0000"
+    (foreign / "features.json").write_text(json.dumps(note))
+    np.save(foreign / "features.npy", np.zeros_like(np.load(out / "features.npy")))
+    run(data, foreign, *flags)
+    assert np.array_equal(np.load(foreign / "features.npy"), np.load(out / "features.npy"))
     forbid(monkeypatch, "extract")
     assert len(run(data, out, *flags)[1]) == 3
 

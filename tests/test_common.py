@@ -1,0 +1,330 @@
+"""common.py: nothing half-written, nothing unpickled, one clear line for each mistake, the lock and the resume rule."""
+import argparse
+import errno
+import fcntl
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import common
+
+
+class Canary:
+    """Pickled code that leaves a mark when it is run."""
+
+    def __init__(self, mark):
+        self.mark = str(mark)
+
+    def __reduce__(self):
+        return os.mkdir, (self.mark,)
+
+
+def line_of(fn, *args, **kw):
+    with pytest.raises(common.UserError) as e:
+        fn(*args, **kw)
+    return str(e.value)
+
+
+# ---------------------------------------------------------------------------------------------- files
+def test_a_failed_save_keeps_the_old_file_and_leaves_nothing_behind(tmp_path, monkeypatch):
+    savers = {"a.npy": lambda v: common.save_npy(tmp_path / "a.npy", np.full(3, v)), "a.pt": lambda v: common.save_pt(tmp_path / "a.pt", {"v": torch.tensor(v)}),
+              "a.json": lambda v: common.save_json(tmp_path / "a.json", {"v": v}), "a.txt": lambda v: common.save_text(tmp_path / "a.txt", str(v))}
+    for save in savers.values():
+        save(1)
+    before = {n: (tmp_path / n).read_bytes() for n in savers}
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(savers)
+
+    def full(fd):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    with monkeypatch.context() as m:
+        m.setattr(os, "fsync", full)
+        for save in savers.values():
+            with pytest.raises(OSError):
+                save(2)
+    with pytest.raises(KeyboardInterrupt), common.atomic(tmp_path / "a.npy") as tmp:      # interrupted in the middle of writing
+        Path(tmp).write_bytes(b"half")
+        raise KeyboardInterrupt
+    with pytest.raises(ValueError):
+        common.save_json(tmp_path / "a.json", {"v": float("nan")})                        # not JSON
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    for save in savers.values():
+        save(2)
+    assert np.load(tmp_path / "a.npy")[0] == 2 and common.load_pt(tmp_path / "a.pt")["v"] == 2
+    assert common.load_json(tmp_path / "a.json", "x") == {"v": 2}
+    umask = os.umask(0)
+    os.umask(umask)
+    assert (tmp_path / "a.npy").stat().st_mode & 0o777 == 0o666 & ~umask                  # not mkstemp's 600
+
+
+def test_a_full_disk_inside_torch_save_is_said_as_such(tmp_path, monkeypatch):
+    def zip_writer(state, f):
+        raise RuntimeError("[enforce fail at inline_container.cc:603] . unexpected pos 64 vs 0")
+    monkeypatch.setattr(torch, "save", zip_writer)
+    with pytest.raises(OSError) as e:
+        common.save_pt(tmp_path / "last.pt", {})
+    assert e.value.errno == errno.ENOSPC and e.value.filename == str(tmp_path / "last.pt") and not list(tmp_path.iterdir())
+
+
+def test_load_npy_names_the_file_and_the_fault(tmp_path):
+    f = tmp_path / "x.npy"
+    assert "no such file" in line_of(common.load_npy, f, "numbers")
+    np.save(f, np.arange(1000.0))
+    whole = f.read_bytes()
+    for damaged in (b"", whole[:40], whole[:-8], b"hello", whole[:200]):
+        f.write_bytes(damaged)
+        text = line_of(common.load_npy, f, "numbers")
+        assert str(f) in text and "numbers" in text, damaged[:10]
+    np.save(f, np.array([Canary(tmp_path / "mark")], dtype=object), allow_pickle=True)
+    assert "not a readable" in line_of(common.load_npy, f, "numbers") and not (tmp_path / "mark").exists()
+    f.write_bytes(pickle.dumps(Canary(tmp_path / "mark")))
+    assert "not a readable" in line_of(common.load_npy, f, "numbers") and not (tmp_path / "mark").exists()
+    np.savez(tmp_path / "y.npz", a=np.arange(3))
+    (tmp_path / "y.npz").rename(f)
+    assert "archive" in line_of(common.load_npy, f, "numbers")
+    np.save(f, np.zeros((2, 3), np.float32))
+    assert "float32" in line_of(common.load_npy, f, "labels", kind="iu")
+    assert "(2, 3)" in line_of(common.load_npy, f, "labels", shape=(2,)) and "(any, 4)" in line_of(common.load_npy, f, "labels", shape=(None, 4))
+    a = common.load_npy(f, "labels", (2, None), "f")
+    with pytest.raises(ValueError):
+        a[0] = 1                                                      # read-only
+
+
+def test_check_finite_names_the_first_bad_row_of_any_chunk():
+    a = np.zeros((10, 3), np.float16)
+    common.check_finite(a, "f", "features", rows=4)
+    a[9, 1], a[6, 2] = np.nan, np.inf
+    assert "row 6" in line_of(common.check_finite, a, "f", "features", rows=4) and "row 6" in line_of(common.check_finite, a, "f", "features")
+
+
+def test_load_pt_never_runs_what_is_in_the_file(tmp_path):
+    f = tmp_path / "x.pt"
+    for bad in ({"a": Canary(tmp_path / "mark")}, {"args": argparse.Namespace(a=1)}):
+        torch.save(bad, f)
+        text = line_of(common.load_pt, f)
+        assert str(f) in text and not (tmp_path / "mark").exists()
+    torch.save({"a": torch.ones(50)}, f)
+    whole = f.read_bytes()
+    for damaged in (b"", whole[:100], whole[:-30], b"PK\x03\x04"):
+        f.write_bytes(damaged)
+        assert str(f) in line_of(common.load_pt, f)
+    torch.save([1, 2], f)
+    assert "list" in line_of(common.load_pt, f)
+    assert "no such file" in line_of(common.load_pt, tmp_path / "absent.pt")
+    f.write_text("{")
+    assert "JSON" in line_of(common.load_json, f, "x")
+
+
+# ---------------------------------------------------------------------------------------------- numbers and seeds
+def test_number_refuses_what_is_not_a_number_in_range():
+    good = common.number(float, low=0, high=1)
+    assert good("0") == 0 and good("1") == 1 and common.count("3") == 3 and isinstance(common.count("3"), int)
+    for parse, bad in ((good, "nan inf -inf -0.1 1.1 x"), (common.number(above=0), "0 -1 nan inf"), (common.count, "0 -3 1.5 1e3 nan 9999999999999999"),
+                       (common.number(int, low=0), "-1 inf"), (common.number(), "nan inf -inf")):
+        for text in [*bad.split(), ""]:
+            with pytest.raises(argparse.ArgumentTypeError):
+                parse(text)
+    assert common.number(int, low=0)("9" * 400) == int("9" * 400)     # too large for a float, and no traceback
+
+
+def test_generator_is_a_function_of_seed_and_key():
+    def draw(*key):
+        return torch.randn(8, generator=common.generator(*key))
+    first = draw(0, "noise", 3)
+    torch.manual_seed(99)
+    torch.randn(5)
+    assert torch.equal(first, draw(0, "noise", 3))
+    others = [draw(*k) for k in ((1, "noise", 3), (0, "noise", 4), (0, "order", 3), (0, 3, "noise"), (0, "noise"), (0, "noise", 3, 1), (2**62, "noise", 3))]
+    assert all(not torch.isclose(first, o).any() for o in others)
+    many = torch.stack([torch.rand(4, generator=common.generator(0, "sample", i)) for i in range(4000)])       # neighbouring keys are independent
+    corr = np.corrcoef(many[:-1].T.numpy(), many[1:].T.numpy()) - np.eye(8)
+    assert np.abs(corr).max() < 0.07 and abs(many.mean() - 0.5) < 0.02
+
+
+def test_shards_cover_every_row_once(monkeypatch):
+    for w in (1, 2, 3, 7):
+        for n in (0, 1, 5, 50):
+            parts = []
+            for r in range(w):
+                monkeypatch.setenv("WORLD_SIZE", str(w)), monkeypatch.setenv("RANK", str(r))
+                parts.append(range(*common.shard(n)))
+            assert [i for p in parts for i in p] == list(range(n)) and max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_get_device_refuses_in_one_line():
+    assert common.get_device("cpu").type == "cpu"
+    for name in ("cuda:99", "tpu-ish", "mps:7", "meta"):
+        assert f"--device {name}" in line_of(common.get_device, name)
+
+
+# ---------------------------------------------------------------------------------------------- exit codes
+def test_command_turns_mistakes_into_one_line_and_the_right_code(capsys):
+    def ends(error):
+        @common.command
+        def main(argv=None):
+            raise error
+        before = signal.getsignal(signal.SIGTERM)
+        try:
+            main()
+        except SystemExit as e:
+            assert signal.getsignal(signal.SIGTERM) is before
+            return e.code, capsys.readouterr().err
+    code, err = ends(common.UserError("x.npy: is\nwrong"))
+    assert code == 2 and err == "test_common.py: error: x.npy: is wrong\n"
+    code, err = ends(OSError(errno.ENOSPC, "No space left on device", "big.pt"))
+    assert code == 2 and err.count("\n") == 1 and "big.pt" in err and "No space left" in err and "room" in err
+    assert ends(KeyboardInterrupt())[0] == 130 and ends(SystemExit(7))[0] == 7
+    with pytest.raises(ZeroDivisionError):                            # a bug of ours keeps its traceback
+        ends(ZeroDivisionError())
+    with pytest.raises(OSError):
+        ends(OSError(errno.ENOENT, "no such"))
+
+    @common.command
+    def terminated(argv=None):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+    with pytest.raises(SystemExit) as e:
+        terminated()
+    assert e.value.code == 143
+
+    @common.command
+    def parsing(argv=None):
+        p = common.Parser("doc")
+        p.add_argument("--n", type=common.count)
+        return p.parse_args(argv).n
+    assert parsing(["--n", "3"]) == 3
+    for argv in (["--n", "0"], ["--nonsense"], ["--n"]):
+        with pytest.raises(SystemExit) as e:
+            parsing(argv)
+        err = capsys.readouterr().err
+        assert e.value.code == 2 and err.count("\n") == 1 and "error:" in err
+
+
+# ---------------------------------------------------------------------------------------------- the resume rule
+def stage(out, n=1, seed=0, inputs=(), **kw):
+    return common.Stage("toy", out, argparse.Namespace(n=n, seed=seed, batch=n * 8, out=str(out), overwrite=False, device="cpu"), inputs, ("x.npy",), ("batch",), **kw)
+
+
+def test_resume_rule(tmp_path, capsys):
+    source, out = tmp_path / "input", tmp_path / "a" / "b"
+    source.write_text("1")
+    s = stage(out, inputs={"weights": source, "none": None, "data": {"sha256": "d"}})
+    assert not s.done and not s.resuming and json.loads((out / "toy.args.json").read_text())["seconds"] is None
+    s.release()
+    s = stage(out, inputs={"weights": source, "data": {"sha256": "d"}})
+    assert not s.done and s.resuming                                  # interrupted
+    s.finish(note=3)                                                  # says it is finished, but its output is missing
+    record = json.loads((out / "toy.args.json").read_text())
+    assert record["seconds"] >= 0 and record["note"] == 3 and record["args"] == {"n": 1, "seed": 0} and record["inputs"]["data"] == "d"
+    assert {"commit", "torch", "device"} <= set(record["provenance"])
+    s = stage(out, inputs={"weights": source, "data": {"sha256": "d"}})
+    assert not s.done and s.resuming
+    np.save(out / "x.npy", 0)
+    s.finish()
+    finished = (out / "toy.args.json").read_bytes()
+    s = stage(out, inputs={"weights": source, "data": {"sha256": "d"}})
+    assert s.done and "nothing to do" in capsys.readouterr().out
+    s.release()
+    for kw, word in ((dict(n=2), "--n = 1, now 2"), (dict(seed=5), "--seed = 0"), (dict(inputs={"weights": source, "data": {"sha256": "e"}}), "'data'"),
+                     (dict(inputs={"data": {"sha256": "d"}}), "'weights'")):
+        text = line_of(stage, out, **{"inputs": {"weights": source, "data": {"sha256": "d"}}, **kw})
+        assert word in text and "--overwrite" in text
+        assert not common._locks
+    source.write_text("2")
+    assert "'weights'" in line_of(stage, out, inputs={"weights": source, "data": {"sha256": "d"}})
+    assert not common._locks
+    assert (out / "toy.args.json").read_bytes() == finished           # a refusal changes nothing
+    s = stage(out, n=2, overwrite=True)
+    assert not s.done and not s.resuming
+    s.release()
+    s = stage(out, n=2, ready=lambda: False)
+    s.finish()
+    s = stage(out, n=2, ready=lambda: False)
+    assert not s.done                                                 # x.npy stands, but is not enough
+    s.release()
+    assert "output folder" in line_of(stage, source)
+
+
+def test_one_process_in_a_folder_even_after_a_kill(tmp_path):
+    code = ("import argparse, common, sys, time; s = common.Stage('toy', sys.argv[1], argparse.Namespace(n=1, seed=0, batch=8), (), ('x.npy',), ('batch',));"
+            "print('held', flush=True); time.sleep(60)")
+    p = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "out")], stdout=subprocess.PIPE, text=True)
+    assert p.stdout.readline() == "held\n"
+    start = time.time()
+    assert "another process" in line_of(stage, tmp_path / "out") and time.time() - start < 2
+    p.kill()
+    p.wait()
+    s = stage(tmp_path / "out")                                       # the kernel has dropped the lock
+    assert s.resuming
+    s.release()
+    fd = os.open(tmp_path / "out", os.O_RDONLY)
+    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)                    # release() really released
+    os.close(fd)
+
+
+def test_main_called_from_python_frees_the_folder_however_it_ends(tmp_path):
+    @common.command
+    def main(n):
+        stage(tmp_path / "out", n=n)
+        raise common.UserError("later")
+    for n in (1, 2, 1):
+        with pytest.raises(SystemExit) as e:
+            main(n)
+        assert e.value.code == 2
+    assert not common._locks
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root may write anywhere")
+def test_a_folder_without_write_permission_is_one_line(tmp_path):
+    tmp_path.chmod(0o500)
+    assert "cannot write" in line_of(stage, tmp_path / "out")
+
+
+# ---------------------------------------------------------------------------------------------- data folders
+def test_open_data_and_load_indices_name_the_fault(tiny_data, tmp_path):
+    d = common.open_data(tiny_data)
+    assert d.images.shape == (50, 8, 8, 1) and d.num_classes == 3 and d.latents is None and d.test_images is None
+    assert "no such data folder" in line_of(common.open_data, tmp_path / "none")
+
+    def broken(name, array):
+        folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
+        for f in tiny_data.iterdir():
+            (folder / f.name).write_bytes(f.read_bytes())
+        np.save(folder / name, array)
+        text = line_of(common.open_data, folder)
+        assert name in text
+        return text
+    assert "0..3" in broken("labels.npy", np.where(np.arange(50) == 7, 3, d.labels))
+    assert "-1" in broken("labels.npy", np.where(np.arange(50) == 7, -1, d.labels))
+    broken("labels.npy", d.labels.astype(np.float32))
+    broken("images.npy", d.images[:40])
+    broken("images.npy", d.images.astype(np.float32))
+    broken("images.npy", np.repeat(d.images, 2, axis=3))
+
+    keep = tmp_path / "keep.npy"
+    for value, word in (([], "run -"), ([0, 50], "0..49"), ([-1, 3], "run -1"), ([3, 3], "repeats"), ([5, 2], "sorted"), (np.flatnonzero(d.labels != 1), "class 1")):
+        np.save(keep, np.array(value, np.int64))
+        text = line_of(common.load_indices, keep, 50, d.labels, 3)
+        assert word in text and str(keep) in text
+    np.save(keep, np.arange(0, 50, 2))
+    assert np.array_equal(common.load_indices(keep, 50, d.labels, 3), np.arange(0, 50, 2))
+
+
+def test_save_grid_places_every_picture(tmp_path):
+    from PIL import Image
+    x = np.arange(2 * 3 * 4 * 4, dtype=np.uint8).reshape(2, 3, 4, 4, 1)
+    common.save_grid(tmp_path / "g.png", x, least=8)
+    sheet = np.asarray(Image.open(tmp_path / "g.png"))[::2, ::2]      # enlarged twice
+    assert sheet.shape == (2 * 5 + 1, 3 * 5 + 1) and (sheet[::5] == 255).all()
+    for i in range(2):
+        for j in range(3):
+            assert np.array_equal(sheet[i * 5 + 1:i * 5 + 5, j * 5 + 1:j * 5 + 5], x[i, j, ..., 0])

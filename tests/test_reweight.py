@@ -1,0 +1,365 @@
+"""reweight.py: the update against a plain loop, its fixed points, the null, and the script from end to end on a tiny set."""
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import common
+import models
+import reweight
+from reweight import class_excess, class_weights, dro_path, dro_update, permuted_null, uniform_rows
+
+ROOT = Path(reweight.__file__).parent
+K, SIZE = 3, 4
+
+
+def plain_dro(excess, labels, K, eta, c, clip, burn_in):
+    """The recursion as one would write it down, in Python floats."""
+    a, lam, path = [1 / K] * K, [0.0] * K, []
+    for s, (es, ys) in enumerate(zip(excess.tolist(), labels.tolist())):
+        for k in range(K):
+            mine = [max(e, 0) if clip == "example" else e for e, y in zip(es, ys) if y == k]
+            if mine:
+                lam[k] = max(sum(mine) / len(mine), 0)
+        if s >= burn_in:
+            a = [x * math.exp(eta * v) for x, v in zip(a, lam)]
+            a = [(1 - c) * x / sum(a) + c / K for x in a]
+        path.append(a)
+    return np.array(path)
+
+
+def record(steps=60, B=7, K=4, seed=0, shift=None):
+    """Random excess losses (steps, B) and labels; shift: added to class 0."""
+    g = torch.Generator().manual_seed(seed)
+    y = torch.randint(K, (steps, B), generator=g)
+    e = torch.randn(steps, B, generator=g)
+    return e + (shift or 0) * (y == 0), y
+
+
+# ------------------------------------------------------------------------------------------------ formulas
+@pytest.mark.parametrize("clip", ["class", "example"])
+@pytest.mark.parametrize("eta,c,burn_in", [(1.0, 1e-3, 0), (0.05, 1e-2, 10), (3.0, 0.0, 59)])
+def test_path_against_plain_loop(clip, eta, c, burn_in):
+    e, y = record()                                                   # 7 examples of 4 classes: classes are often absent
+    path = torch.stack(list(dro_path(e, y, 4, eta, c, clip, burn_in))).numpy()
+    np.testing.assert_allclose(path, plain_dro(e, y, 4, eta, c, clip, burn_in), rtol=1e-10)
+    assert (path[:burn_in] == 0.25).all() and not np.allclose(path[-1], 0.25)
+
+
+def test_update_in_log_space_survives_huge_steps():
+    a = dro_update(torch.log(torch.tensor([0.2, 0.8], dtype=torch.float64)), torch.tensor([2000.0, 1.0], dtype=torch.float64), 1.0, 1e-3).exp()
+    np.testing.assert_allclose(a, [1 - 5e-4, 5e-4], rtol=1e-12)
+
+
+def test_absent_class_starts_at_zero_and_keeps_its_last_value():
+    lam = torch.zeros(3, dtype=torch.float64)
+    lam = class_excess(torch.tensor([1.0, 3.0, -5.0]), torch.tensor([0, 0, 1]), 3, lam)
+    assert lam.tolist() == [2.0, 0.0, 0.0]                            # class 2 never seen: 0; class 1 clipped
+    lam = class_excess(torch.tensor([0.5, float("nan")]), torch.tensor([2, 1]), 3, lam)
+    assert lam.tolist() == [2.0, 0.0, 0.5]                            # class 0 absent: its last; a non-finite value does not count
+
+
+def test_example_clipping_turns_noise_into_weight():
+    e, y = torch.randn(20_000, generator=torch.Generator().manual_seed(0)), torch.arange(20_000) % 4
+    e[y == 0] *= 3                                                    # proxy as good as the reference everywhere, class 0 merely noisier
+    last = torch.zeros(4, dtype=torch.float64)
+    assert class_excess(e, y, 4, last).max() < 0.1
+    clipped = class_excess(e, y, 4, last, "example")
+    np.testing.assert_allclose(clipped, [3 / math.sqrt(2 * math.pi)] + 3 * [1 / math.sqrt(2 * math.pi)], rtol=0.05)      # E max(sigma n, 0)
+
+
+def fixed_point(g, K, eta, c):
+    """The root in (0, 1) of (u-1) a^2 + [1 - (1-c) u - (c/K)(u-1)] a - c/K = 0, u = e^(eta g)."""
+    u = math.exp(eta * g)
+    roots = np.roots([u - 1, 1 - (1 - c) * u - c / K * (u - 1), -c / K])
+    return float(roots[(roots > 0) & (roots < 1 + 1e-12)][0])
+
+
+def settle(g, steps, K=10, eta=1.0, c=1e-3):
+    """a of a class whose reference was lowered by g, everything else equal, after `steps` batches of one image a class."""
+    e, y = torch.zeros(K, dtype=torch.float64), torch.arange(K)
+    e[0] += g
+    *_, a = dro_path(e.expand(steps, K), y.expand(steps, K), K, eta, c)
+    return a[0].item(), a[1:]
+
+
+@pytest.mark.parametrize("g,listed,steps", [(1e-4, 0.11, 6000), (1e-3, 0.32, 12_000), (1e-2, 0.91, 3000)])
+def test_constant_gap_settles_at_the_fixed_point(g, listed, steps):
+    a, rest = settle(g, steps)
+    assert a == pytest.approx(fixed_point(g, 10, 1.0, 1e-3), rel=3e-3)
+    assert a == pytest.approx(listed, abs=0.006)
+    assert torch.allclose(rest, rest[0].expand(9))
+
+
+def test_transient_is_slow():
+    assert settle(1e-3, 1000)[0] == pytest.approx(0.18, abs=0.006)
+    assert settle(1e-3, 5000)[0] == pytest.approx(0.30, abs=0.006)
+
+
+def test_unbalanced_weights():
+    abar, counts = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64), torch.tensor([10.0, 30.0, 60.0], dtype=torch.float64)
+    w = class_weights(abar, counts)
+    np.testing.assert_allclose(w, [0.5 / 0.1, 0.3 / 0.3, 0.2 / 0.6])
+    assert (w * counts).sum() / 100 == pytest.approx(1)               # mean 1 over the images
+    np.testing.assert_allclose(class_weights(abar, torch.full((3,), 7.0)), 3 * abar)
+
+
+def test_null_is_the_path_of_permuted_labels():
+    e, y = record(steps=30)
+    null = permuted_null(e, y, 4, 0.5, 1e-3, burn_in=5, permutations=3, generator=torch.Generator().manual_seed(1))
+    g = torch.Generator().manual_seed(1)
+    ys = torch.stack([row[torch.rand(3, 7, generator=g).argsort(-1)] for row in y])                   # (steps, 3, B), every step keeps its counts
+    assert (ys.sort(-1).values == y.sort(-1).values[:, None]).all()
+    for p in range(3):
+        np.testing.assert_allclose(null[p], plain_dro(e, ys[:, p], 4, 0.5, 1e-3, "class", 5)[5:].mean(0), rtol=1e-10)
+
+
+def test_null_holds_permuted_labels_and_releases_a_gap():
+    """Weights of meaningless labels leave the band in 2 of 21 cases at most, by exchangeability; a real gap always does."""
+    def outside(shift, seed):
+        e, y = record(steps=80, B=16, seed=seed, shift=shift)
+        abar = torch.stack(list(dro_path(e, y, 4, 0.1, 1e-3, burn_in=20)))[20:].mean(0)
+        null = permuted_null(e, y, 4, 0.1, 1e-3, burn_in=20, generator=torch.Generator().manual_seed(seed))
+        return bool((abar < null.min()).any() or (abar > null.max()).any())
+    assert sum(outside(0, s) for s in range(40)) <= 10                # expected 3.8; above 10 has a probability of 0.1 %
+    assert all(outside(2.0, s) for s in range(3))
+
+
+def test_rows_are_class_uniform_and_depend_on_seed_and_step_alone():
+    labels = torch.tensor([2] * 5 + [0] * 90 + [1] * 5)
+    by_class, counts = labels.argsort(stable=True), torch.bincount(labels)
+    rows = uniform_rows(3, 30_000, 7, by_class, counts)
+    np.testing.assert_allclose(torch.bincount(labels[rows]) / 30_000, 3 * [1 / 3], atol=0.02)
+    np.testing.assert_allclose(torch.bincount(rows, minlength=100)[:5] / 10_000, 5 * [0.2], atol=0.03)       # uniform within a class
+    assert torch.equal(rows, uniform_rows(3, 30_000, 7, by_class, counts)) and not torch.equal(rows, uniform_rows(4, 30_000, 7, by_class, counts))
+
+
+def test_latents_are_drawn_and_pixels_mirrored():
+    z = torch.tensor([1.0, 2.0, 0.1, 0.2]).view(1, 4, 1, 1)
+    out = reweight.to_model(z, 0.5, torch.tensor([[10.0, -10.0]]).view(1, 2, 1, 1), None)
+    np.testing.assert_allclose(out.flatten(), [0.5 * (1 + 1), 0.5 * (2 - 2)], atol=1e-6)
+    x = torch.tensor([[[[0], [255]]], [[[0], [255]]]], dtype=torch.uint8)                             # (2, 1, 2, 1)
+    assert reweight.to_model(x, None, None, torch.tensor([False, True])).flatten().tolist() == [-1, 1, 1, -1]
+
+
+# ------------------------------------------------------------------------------------------------ the script
+@pytest.fixture(scope="module")
+def kit(tmp_path_factory):
+    """A data folder of 3 x 4 x 4 x 1 images, unbalanced, and a random reference on it."""
+    root = tmp_path_factory.mktemp("reweight")
+    make_data(root / "data", np.repeat([0, 1, 2], [20, 30, 10]))
+    return root, make_reference(root / "ref.pt", root / "data")
+
+
+def make_data(folder, labels, latents=False, sha="abc"):
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    np.save(folder / "labels.npy", labels)
+    if latents:
+        np.save(folder / "latents.npy", rng.normal(size=(len(labels), 2, SIZE, SIZE)).astype(np.float16))
+    else:
+        np.save(folder / "images.npy", rng.integers(0, 256, (len(labels), SIZE, SIZE, 1), np.uint8))
+    (folder / "classes.txt").write_text("ant\nbee\ncat\n")
+    (folder / "dataset.json").write_text(json.dumps({"name": "tiny", "sha256": sha}))
+    return folder
+
+
+def make_reference(path, data, **other):
+    args = dict(model="SiT-T/2", process="flow", predict="v", size=SIZE, channels=1, num_classes=K, class_std=1.0, text_shape=None, dropout=None, latents=False,
+                latent_scale=None, classes=["ant", "bee", "cat"], data="tiny", data_sha256="abc", steps=6, batch_size=12, lr=3e-3, amp="none", warmup=2,
+                schedule="constant", grad_clip=1.0, flips=True) | other
+    torch.manual_seed(1)
+    net = models.build(args)
+    with torch.no_grad():
+        for p in net.parameters():                                    # the zero-initialised output would make every excess zero
+            p += 0.02 * torch.randn_like(p)
+    torch.save({"model": net.state_dict(), "ema": net.state_dict(), "step": 6, "args": args}, path)
+    return path
+
+
+def run(kit, out, *flags):
+    root, ref = kit
+    given = {f for f in flags if str(f).startswith("--")}
+    base = [x for k, v in (("--data", root / "data"), ("--reference", ref), ("--burn-in", 2), ("--device", "cpu")) if k not in given for x in (k, v)]
+    reweight.main([str(x) for x in (*base, "--out", root / out, *flags)])
+    return root / out
+
+
+def load(out):
+    return {n: np.load(out / f"{n}.npy") for n in ("weights", "abar", "history", "excess")}
+
+
+@pytest.fixture(scope="module")
+def straight(kit):
+    return run(kit, "straight")
+
+
+def test_outputs(kit, straight, capsys):
+    r = load(straight)
+    assert [(v.dtype.name, v.shape) for v in r.values()] == [("float32", (3,)), ("float64", (3,)), ("float32", (6, 3)), ("float32", (6, 2, 12))]
+    path = plain_dro(r["excess"][:, 0].astype(np.float64), r["excess"][:, 1].astype(int), K, 1.0, 1e-3, "class", 2)
+    np.testing.assert_allclose(r["history"], path, rtol=1e-6)
+    np.testing.assert_allclose(r["abar"], path[2:].mean(0), rtol=1e-9)
+    np.testing.assert_allclose(r["weights"], r["abar"] / (np.array([20, 30, 10]) / 60), rtol=1e-6)
+    assert (r["history"][:2] == np.float32(1 / 3)).all() and np.ptp(r["history"][-1]) > 1e-5
+    state = common.load_pt(straight / "proxy.pt")                     # the a that weighted the proxy's loss is the a that is reported
+    np.testing.assert_allclose(state["log_a"].exp(), path[-1], rtol=1e-12)
+    proxy, process = models.from_checkpoint(state)
+    assert process.name == "flow" and state["args"]["dropout"] == 0.0
+    facts = json.loads((straight / "reweight.args.json").read_text())
+    assert facts["entropy_abar"] == pytest.approx(-(r["abar"] * np.log(r["abar"])).sum())
+    assert facts["seconds"] >= facts["proxy_seconds"] > 0 and facts["null_spread"] > 0 and len(facts["null_low"]) == K
+    assert (straight / "weights.png").read_bytes()[:4] == b"\x89PNG" and not list(straight.glob("*.part.npy"))
+    before = (straight / "proxy.pt").stat().st_mtime_ns
+    run(kit, "straight")
+    assert "nothing to do" in capsys.readouterr().out and (straight / "proxy.pt").stat().st_mtime_ns == before
+
+
+def test_equal_proxy_and_reference_have_no_excess(kit):
+    """Both see the same images, times and noise, without dropout: a proxy that starts as the reference starts at exactly zero."""
+    e = load(run(kit, "same", "--proxy-init", kit[1], "--steps", 2, "--burn-in", 0))["excess"][:, 0]
+    assert (e[0] == 0).all() and (e[1] != 0).any()
+
+
+def test_stopped_run_resumes_bit_equal(kit, straight, monkeypatch):
+    seen = []
+
+    def told_in_the_third_step(*a):
+        seen.append(1)
+        if len(seen) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*a)
+    real = reweight.lr_at
+    monkeypatch.setattr(reweight, "lr_at", told_in_the_third_step)
+    with pytest.raises(SystemExit) as e:
+        run(kit, "stopped")
+    assert e.value.code == 143
+    out = kit[0] / "stopped"
+    assert common.load_pt(out / "proxy.pt")["step"] == 4 and not (out / "weights.npy").exists()
+    monkeypatch.setattr(reweight, "lr_at", real)
+    run(kit, "stopped")
+    for name, v in load(out).items():
+        assert np.array_equal(v, load(straight)[name]), name
+    a, b = (common.load_pt(d / "proxy.pt")["model"] for d in (out, straight))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_theta_step_is_the_self_normalised_weighted_loss(kit, monkeypatch):
+    """The gradient of one step, against the weighted mean written out for the whole batch."""
+    grads, real = [], torch.nn.utils.clip_grad_norm_
+
+    def spy(params, limit):
+        params = list(params)
+        grads.append([None if p.grad is None else p.grad.clone() for p in params])
+        return real(params, limit)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
+    seen, loss = [], reweight.diffusion_loss
+    monkeypatch.setattr(reweight, "diffusion_loss", lambda *x: (seen.append(x), loss(*x))[1])
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *x, **k: None)                        # theta stays: both losses can be taken again
+    out = run(kit, "gradient", "--steps", 2, "--burn-in", 0, "--eta", 5)
+    r = load(out)
+    (process, net, x, u, eps, y), a = seen[-1], torch.from_numpy(r["history"][-1])
+    losses = loss(process, net, x, u, eps, y)
+    assert a.max() > 1.1 * a.min()
+    total = sum(a[k] * l for k, l in zip(y.tolist(), losses)) / sum(a[k] for k in y.tolist())
+    net.zero_grad()
+    total.backward()
+    for p, g in zip(net.parameters(), grads[-1]):
+        if g is not None:
+            torch.testing.assert_close(p.grad, g, rtol=1e-4, atol=1e-6)
+
+
+def test_two_processes_give_the_same_weights(kit, straight):
+    root, ref = kit
+    cmd = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", ROOT / "reweight.py", "--data", root / "data",
+           "--reference", ref, "--burn-in", 2, "--device", "cpu", "--out", root / "two"]
+    done = subprocess.run([str(c) for c in cmd], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = load(straight), load(root / "two")
+    for name in one:
+        np.testing.assert_allclose(two[name], one[name], rtol=1e-4 if name == "excess" else 1e-5, atol=1e-5)
+    a, b = (common.load_pt(d / "proxy.pt")["model"] for d in (straight, root / "two"))
+    assert max((a[k] - b[k]).abs().max().item() for k in a) < 1e-3    # Adam turns rounding of a tiny gradient into steps of its own
+
+
+def test_latents_and_indices(kit, monkeypatch):
+    root, _ = kit
+    data = make_data(root / "latent_data", np.repeat([0, 1, 2], 10), latents=True)
+    (data / "latents.json").write_text('{"scale": 0.5}')
+    ref = make_reference(root / "latent.pt", data, latents=True, latent_scale=0.5, flips=False)
+    np.save(root / "keep.npy", np.r_[0:5, 10:20, 25:30])
+    seen, real = [], reweight.to_model
+    monkeypatch.setattr(reweight, "to_model", lambda x, *rest: (seen.append(x), real(x, *rest))[1])
+    r = load(run((root, ref), "latent", "--data", data, "--indices", root / "keep.npy"))
+    z, keep = np.load(data / "latents.npy"), np.load(root / "keep.npy")
+    for x, y in zip(torch.cat(seen).numpy(), r["excess"][:, 1].flatten()):                            # only kept images, each with its own label
+        assert [k // 10 for k in keep if (z[k] == x).all()] == [y]
+    np.testing.assert_allclose(r["weights"], r["abar"] / [0.25, 0.5, 0.25], rtol=1e-6)
+
+
+def test_warnings(kit, capsys):
+    run(kit, "warned", "--eta", 200, "--smoothing", 0)
+    out = capsys.readouterr().out
+    assert "--eta 200" in out and "of abar" in out and "holds" in out
+
+
+@pytest.mark.parametrize("flags,says", [
+    (["--eta", "-1"], "--eta"), (["--smoothing", "1"], "--smoothing"), (["--steps", "0"], "--steps"), (["--burn-in", "6"], "--burn-in 6"),
+    (["--reference", "missing.pt"], "missing.pt: no such file"), (["--data", "nowhere"], "nowhere: no such data folder"),
+    (["--indices", "BAD_INDICES"], "0..59"), (["--indices", "NO_CAT"], "class 2 keeps no image"), (["--reference", "OTHER_DATA"], "other_sha"),
+    (["--reference", "OTHER_CLASSES"], "num_classes"), (["--reference", "OTHER_SIZE"], "size"), (["--reference", "OTHER_CHANNELS"], "channels"),
+    (["--reference", "NOT_A_CKPT"], "not a checkpoint"), (["--proxy-init", "OTHER_CLASSES"], "does not fit the proxy"),
+    (["--proxy-model", "SiT-T/8"], "patch size 8"), (["--out", "A_FILE"], "a file stands")])
+def test_bad_input(kit, flags, says, capsys):
+    root, _ = kit
+    make = {"BAD_INDICES": lambda p: np.save(p, np.array([0, 99])), "NO_CAT": lambda p: np.save(p, np.arange(40)),
+            "OTHER_DATA": lambda p: make_reference(p, None, data_sha256="other_sha"), "OTHER_CLASSES": lambda p: make_reference(p, None, num_classes=4),
+            "OTHER_SIZE": lambda p: make_reference(p, None, size=8), "OTHER_CHANNELS": lambda p: make_reference(p, None, channels=3),
+            "NOT_A_CKPT": lambda p: torch.save({"x": 1}, p), "A_FILE": lambda p: p.write_text("")}
+    if flags[1] in make:
+        path = root / f"{flags[1]}{'.npy' if flags[0] == '--indices' else '.pt'}"
+        make[flags[1]](path)
+        flags = [flags[0], path]
+    with pytest.raises(SystemExit) as e:
+        run(kit, "refused", *flags)
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and says in err and err.count("\n") == 1 and not (root / "refused").exists()
+
+
+def test_other_arguments_are_refused_in_a_used_folder(kit, straight, capsys):
+    with pytest.raises(SystemExit) as e:
+        run(kit, "straight", "--eta", "0.5")
+    assert e.value.code == 2 and "--eta = 1.0, now 0.5" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_class_with_irreducible_noise_is_not_upweighted(tmp_path):
+    """Three easy classes, one of them with noise that no model can predict: its loss is high in proxy and reference alike."""
+    import train
+    rng, n = np.random.default_rng(0), 200
+    labels = np.repeat(np.arange(3), n)
+    x = np.stack([np.kron(p, np.ones((2, 2))) for p in ([[1, 0], [0, 1]], [[1, 1], [0, 0]], [[0, 1], [0, 1]])])[labels]     # (600, 4, 4)
+    x = 128 + 80 * (x - 0.5) * rng.uniform(0.5, 1.5, (len(x), 1, 1)) + np.where(labels == 0, 60, 4)[:, None, None] * rng.uniform(-1, 1, x.shape)
+    make_data(tmp_path / "data", labels)
+    np.save(tmp_path / "data" / "images.npy", x.clip(0, 255).astype(np.uint8)[..., None])
+    flags = ["--data", str(tmp_path / "data"), "--device", "cpu", "--batch-size", "48"]
+    train.main([*flags, "--preset", "digits", "--steps", "500", "--out", str(tmp_path / "run")])
+    model, process = models.from_checkpoint(common.load_pt(tmp_path / "run" / "last.pt"))
+    g = torch.Generator().manual_seed(0)
+    x = torch.from_numpy(np.load(tmp_path / "data" / "images.npy")).permute(0, 3, 1, 2).float() / 127.5 - 1
+    u, eps = torch.rand(len(x), generator=g), torch.randn(x.shape, generator=g)
+    loss = reweight.diffusion_loss(process, model, x, u, eps, torch.from_numpy(labels)).numpy()
+    losses = [loss[labels == k].mean() for k in range(3)]
+    assert losses[0] > 1.3 * max(losses[1:])                          # hard for the reference ...
+    flags += ["--reference", str(tmp_path / "run" / "last.pt"), "--eta", "0.05", "--steps", "400", "--burn-in", "150"]
+    reweight.main([*flags, "--out", str(tmp_path / "dro")])
+    w = np.load(tmp_path / "dro" / "weights.npy")
+    facts = json.loads((tmp_path / "dro" / "reweight.args.json").read_text())
+    assert w[0] <= max(1.0, facts["null_high"][0])                    # ... and not favoured

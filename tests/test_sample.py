@@ -1,0 +1,201 @@
+"""sample.py: sample i is a function of (seed, i) alone, an interruption costs nothing, and what is asked for is what is drawn."""
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import common
+import models
+import sample
+from models.diffusion import to_uint8
+
+ROOT = Path(sample.__file__).parent
+REAL = sample.generate
+
+
+def make_checkpoint(path, process="flow", model="SiT-T/2", **more):
+    """As train.py writes it, with random weights whose output is not zero."""
+    torch.manual_seed(0)
+    args = dict(model=model, process=process, predict="v" if process == "flow" else "eps", size=8, channels=1, num_classes=3, class_std=1.0, text_shape=None, latents=False,
+                data="tiny", data_sha256="d", **more)
+    ema = {k: v + 0.05 * torch.randn_like(v) if v.is_floating_point() else v for k, v in models.build(args).state_dict().items()}
+    torch.save({"ema": ema, "model": {k: v + 1 for k, v in ema.items()}, "step": 7, "args": args}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def flow(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("c") / "flow.pt")
+
+
+@pytest.fixture(scope="module")
+def ddpm(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("c") / "ddpm.pt", "ddpm", "unet-tiny")
+
+
+def argv(checkpoint, out, *flags, num=20, steps=2):
+    return [str(v) for v in ("--checkpoint", checkpoint, "--out", out, "--num", num, "--steps", steps, "--device", "cpu", *flags)]
+
+
+def draw(checkpoint, out, *flags, **kw):
+    sample.main(argv(checkpoint, out, *flags, **kw))
+    return np.load(out / "samples.npy")
+
+
+def refused(capsys, checkpoint, out, *flags, fresh=True, **kw):
+    with pytest.raises(SystemExit) as e:
+        draw(checkpoint, out, *flags, **kw)
+    text = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sample.py")]
+    assert e.value.code == 2 and len(text) == 1 and "error:" in text[0]
+    assert not fresh or not out.exists()
+    return text[0]
+
+
+def alike(a, b):
+    """Equal, or off by one level in a few pixels: a matrix product may sum in another order at another batch size, and that may cross a rounding edge."""
+    off = np.abs(a.astype(int) - b)
+    return a.shape == b.shape and off.max() <= 1 and (off > 0).mean() < 0.005
+
+
+@pytest.mark.parametrize("which, flags", [("flow", ("--sampler", "heun", "--cfg", 2)), ("flow", ("--sampler", "sde")), ("ddpm", ("--sampler", "ancestral")),
+                                          ("ddpm", ("--sampler", "ddim", "--eta", 0.5))])
+def test_sample_i_does_not_depend_on_the_batch_or_on_how_many_follow(which, flags, flow, ddpm, tmp_path):
+    checkpoint = {"flow": flow, "ddpm": ddpm}[which]
+    full = draw(checkpoint, tmp_path / "a", *flags, "--batch-size", 64)
+    for k, batch in enumerate((1, 7)):
+        assert alike(full, draw(checkpoint, tmp_path / f"b{k}", *flags, "--batch-size", batch))
+    assert alike(full[:9], draw(checkpoint, tmp_path / "c", *flags, num=9))
+    other = draw(checkpoint, tmp_path / "d", *flags, "--seed", 1)
+    assert not alike(full, other) and len(np.unique(full.reshape(20, -1), axis=0)) == 20       # fresh noise for each sample and seed
+
+
+def test_samples_are_those_of_the_ema_with_the_asked_guidance(flow, tmp_path):
+    state = torch.load(flow, weights_only=True)
+    model = models.build(state["args"]).eval()
+    model.load_state_dict(state["ema"])
+    y = torch.arange(20) % 3
+    noise = torch.stack([torch.randn(1, 8, 8, generator=common.generator(5, "sample", i)) for i in range(20)])
+    drawn = {}
+    for cfg, interval in ((1, (0, 1)), (3, (0, 1)), (3, (0.7, 1))):
+        x = noise.double()
+        for t in (1.0, 0.75, 0.5, 0.25):                                   # Euler, in plain code
+            with torch.no_grad():
+                t_ = torch.full((20,), t)
+                v, null = model(x.float(), t_, y).double(), model(x.float(), t_, torch.full_like(y, 3)).double()
+            x = x - 0.25 * (null + cfg * (v - null) if cfg != 1 and interval[0] <= t <= interval[1] else v)
+        out = tmp_path / f"{cfg}{interval[0]}"
+        drawn[out] = draw(flow, out, "--sampler", "euler", "--cfg", cfg, "--cfg-interval", *interval, "--seed", 5, steps=4)
+        assert alike(drawn[out], to_uint8(x.float()).numpy())
+        assert (np.load(out / "sample_labels.npy") == y.numpy()).all()
+    a, b, c = drawn.values()
+    assert not alike(a, b) and not alike(b, c) and not alike(a, c)
+
+
+def test_an_interrupted_call_goes_on_and_equals_a_straight_one(flow, tmp_path, monkeypatch, capsys):
+    straight = draw(flow, tmp_path / "a", "--batch-size", 6)
+    rows = []
+
+    def generate_twice(model, process, y, *a, **kw):
+        if len(rows) == 2:
+            raise RuntimeError("killed")
+        rows.append(len(y))
+        return REAL(model, process, y, *a, **kw)
+    monkeypatch.setattr(sample, "generate", generate_twice)
+    with pytest.raises(RuntimeError):
+        draw(flow, tmp_path / "b", "--batch-size", 6)
+    assert not (tmp_path / "b/samples.npy").exists() and rows == [6, 6]
+    monkeypatch.setattr(sample, "generate", lambda *a, **kw: rows.append(len(a[2])) or REAL(*a, **kw))
+    resumed = draw(flow, tmp_path / "b", "--batch-size", 5)                # the batch size may differ
+    assert rows[2:] == [5, 3] and alike(straight, resumed)                 # only what was missing
+    assert {p.name for p in (tmp_path / "b").iterdir()} == {"samples.npy", "sample_labels.npy", "grid.png", "sample.args.json"}
+    capsys.readouterr()
+    again = draw(flow, tmp_path / "b")
+    assert "nothing to do" in capsys.readouterr().out and len(rows) == 4 and np.array_equal(again, resumed)
+    for flags, word in ((("--seed", 3), "--seed = 0, now 3"), (("--cfg", 2), "--cfg"), (("--sampler", "euler"), "--sampler = heun")):
+        assert word in refused(capsys, flow, tmp_path / "b", *flags, fresh=False)
+    other = make_checkpoint(tmp_path / "other.pt", model="SiT-T/4")
+    assert "checkpoint" in refused(capsys, other, tmp_path / "b", fresh=False)
+    assert np.array_equal(np.load(tmp_path / "b/samples.npy"), resumed)
+    assert not alike(draw(flow, tmp_path / "b", "--seed", 3, "--overwrite"), resumed)
+
+
+def test_labels(flow, tmp_path, capsys):
+    y = sample.make_labels("balanced", 20, 3, 0)
+    assert y.tolist() == [i % 3 for i in range(20)]
+    y = sample.make_labels("random", 600, 3, 0)
+    assert np.array_equal(y[:50], sample.make_labels("random", 50, 3, 0)) and not np.array_equal(y, sample.make_labels("random", 600, 3, 1))
+    assert set(y) == {0, 1, 2} and np.abs(np.bincount(y) - 200).max() < 45
+    np.save(tmp_path / "y.npy", np.arange(20) % 4)                         # 3 is the null class
+    draw(flow, tmp_path / "a", "--labels", tmp_path / "y.npy")
+    assert np.array_equal(np.load(tmp_path / "a/sample_labels.npy"), np.arange(20) % 4)
+    for bad, word in ((np.full(20, 4), "0..2"), (np.full(20, -1), "-1"), (np.zeros(19, int), "(19,)"), (np.zeros(20), "float64")):
+        np.save(tmp_path / "y.npy", bad)
+        assert word in refused(capsys, flow, tmp_path / "b", "--labels", tmp_path / "y.npy")
+    assert "no such file" in refused(capsys, flow, tmp_path / "b", "--labels", "balancd")
+
+
+def test_npz_grid_and_record(ddpm, tmp_path):
+    from PIL import Image
+    x = draw(ddpm, tmp_path / "a", "--npz", "--sampler", "dpm++", num=12, steps=3)
+    z = np.load(tmp_path / "a/samples.npz")
+    assert x.dtype == np.uint8 and x.shape == (12, 8, 8, 1) and np.array_equal(z["arr_0"], x) and np.array_equal(z["arr_1"], np.arange(12) % 3)
+    sheet = np.asarray(Image.open(tmp_path / "a/grid.png"))[::6, ::6]      # 8 pixels are enlarged to 48
+    assert sheet.shape == (10, 10 * 9 + 1) and np.array_equal(sheet[1:9, 10:18], x[1, ..., 0])
+    record = json.loads((tmp_path / "a/sample.args.json").read_text())
+    assert record["step"] == 7 and record["data_sha256"] == "d"
+    assert record["args"]["sampler"] == "dpm++" and record["inputs"]["checkpoint"] == common.sha256(ddpm)
+    assert draw(ddpm, tmp_path / "one", num=1).shape == (1, 8, 8, 1)
+
+
+def test_mistakes_are_one_line_and_write_nothing(flow, ddpm, tmp_path, capsys):
+    assert "ddpm model" in refused(capsys, ddpm, tmp_path / "a", "--sampler", "heun")
+    assert "flow model" in refused(capsys, flow, tmp_path / "a", "--sampler", "ddim")
+    assert "--cfg-interval" in refused(capsys, flow, tmp_path / "a", "--cfg-interval", 0.8, 0.2)
+    assert "--cfg" in refused(capsys, flow, tmp_path / "a", "--cfg", "nan") and "--num" in refused(capsys, flow, tmp_path / "a", num=0)
+    assert "VAE" in refused(capsys, latent(make_checkpoint(tmp_path / "l.pt")), tmp_path / "a")
+    state = torch.load(flow, weights_only=True)
+    torch.save({"ema": state["ema"]}, tmp_path / "x.pt")
+    assert "settings" in refused(capsys, tmp_path / "x.pt", tmp_path / "a")
+    torch.save({**state, "args": {**state["args"], "num_classes": 5}}, tmp_path / "x.pt")
+    assert "do not fit" in refused(capsys, tmp_path / "x.pt", tmp_path / "a")
+    (tmp_path / "x.pt").write_bytes(flow.read_bytes()[:500])
+    assert "x.pt" in refused(capsys, tmp_path / "x.pt", tmp_path / "a") and "none.pt" in refused(capsys, tmp_path / "none.pt", tmp_path / "a")
+
+
+def latent(path):
+    state = torch.load(path, weights_only=True)
+    torch.save({**state, "args": {**state["args"], "latents": True}}, path)
+    return path
+
+
+@pytest.mark.parametrize("which", ["flow", "ddpm"])
+def test_a_diverged_checkpoint_gives_one_line_and_no_samples(which, flow, ddpm, tmp_path, capsys):
+    state = torch.load({"flow": flow, "ddpm": ddpm}[which], weights_only=True)
+    name = next(k for k, v in state["ema"].items() if v.ndim > 1)
+    state["ema"][name].view(-1)[0] = np.nan
+    torch.save(state, tmp_path / "nan.pt")
+    assert "diverged" in refused(capsys, tmp_path / "nan.pt", tmp_path / "a", fresh=False) and not (tmp_path / "a/samples.npy").exists()
+
+
+def test_bf16_draws_nearly_the_same(flow, tmp_path):
+    a, b = draw(flow, tmp_path / "a"), draw(flow, tmp_path / "b", "--amp", "bf16")
+    off = np.abs(a.astype(int) - b)
+    assert 0 < off.mean() < 4
+
+
+def test_two_processes_and_one_draw_the_same(flow, tmp_path):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    # the -- keeps torchrun from reading --num as a shortened --numa-binding
+    p = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port), "--", ROOT / "sample.py",
+                        *argv(flow, tmp_path / "b", "--batch-size", 4, num=13)], capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert p.returncode == 0, p.stderr[-3000:]
+    assert alike(draw(flow, tmp_path / "a", num=13), np.load(tmp_path / "b/samples.npy"))
+    assert {f.name for f in (tmp_path / "a").iterdir()} == {f.name for f in (tmp_path / "b").iterdir()}
