@@ -28,10 +28,9 @@ import numpy as np
 import torch
 
 import common
-import models
 from models import encoders
 from models.conditioning import PROMPT, mean_token_cosine, minilm_tokens, text_tokens
-from models.diffusion import diffusion_loss
+from models.diffusion import diffusion_loss, to_pixels
 from models.metrics import frechet_distance, gaussian_stats
 
 SELECT = ("interval", "easy", "hard", "medium", "random", "all")
@@ -91,11 +90,7 @@ def repeat_correlation(s, again, labels):
 # ---------------------------------------------------------------------------------------------- inputs
 def load_reference(path, d):
     """(model, process, latent scale or None) of a checkpoint that fits the data folder."""
-    state = common.load_pt(path)
-    try:
-        model, process = models.from_checkpoint(state)
-    except ValueError as e:
-        raise common.UserError(f"{path}: {e}")
+    state, model, process = common.open_checkpoint(path)
     args = state["args"] if isinstance(state.get("args"), dict) else {}
     want, has, scale = (model.channels, model.size, model.size), {}, None                     # (C, H, W)
     if d.images is not None:
@@ -216,7 +211,7 @@ def score(a, i, out, device, most=2000):
 
     def scores_of(rows, eps):
         if scale is None:
-            x = torch.from_numpy(np.array(d.images[rows])).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+            x = to_pixels(torch.from_numpy(np.array(d.images[rows]))).to(device)
         else:
             x = scale * torch.from_numpy(np.array(d.latents[rows])).to(device).float().chunk(2, dim=1)[0]      # the posterior's mean
         with common.autocast(device, a.amp):
@@ -231,19 +226,6 @@ def score(a, i, out, device, most=2000):
     some = np.sort(np.concatenate([rng.permutation(np.flatnonzero(d.labels == c))[:most // len(classes)] for c in classes]))
     again = common.from_rank0(lambda: np.concatenate([scores_of(some[k:k + a.batch_size], draws[1]) for k in range(0, len(some), a.batch_size)]))
     return np.array(s), seconds, repeat_correlation(s[some], again, d.labels[some])
-
-
-def load_encoder(name, weights, d, device, seed):
-    """An encoder; the scratch network is trained first where DATA/scratch.pt is absent."""
-    if name == "scratch" and weights is None:
-        weights = d.folder / "scratch.pt"
-        if not weights.exists() and common.rank() == 0:
-            common.log(f"attach.py: training the scratch network, once: {weights}")
-            common.save_pt(weights, encoders.train_scratch(d.images, d.labels, d.num_classes, device, seed,
-                                                           test_images=d.test_images, test_labels=d.test_labels))
-        common.barrier()
-    with common.user_errors():
-        return encoders.load(name, device, weights=weights, images=d.images, labels=d.labels, num_classes=d.num_classes)
 
 
 def subset_distance(a, d, enc, keep, out, draws=3):
@@ -328,8 +310,8 @@ def choose(a, i, s):
 def attach(a, i, stage, device):
     """Encoders -> text -> difficulty -> kept indices -> distance of the subset -> visual tokens; returns the figures for attach.args.json."""
     d, out, main, s = i.data, stage.out, common.rank() == 0, i.scores
-    judge = load_encoder(a.judge, a.judge_weights, d, device, a.seed) if a.judge != "none" else None
-    visual = load_encoder(a.visual, a.visual_weights, d, device, a.seed) if a.visual != "none" else None
+    judge = common.open_encoder(a.judge, d, device, a.judge_weights) if a.judge != "none" else None
+    visual = common.open_encoder(a.visual, d, device, a.visual_weights) if a.visual != "none" else None
     aligned, selected = judge and visual and judge.identity == visual.identity, a.scoring and a.judge == "ddae" and a.judge_weights == a.reference
     if aligned or selected:
         common.log(f"attach.py: warning: circular judging: {a.judge} judges the subset and {'is aligned to' if aligned else 'selected it'} as well; "
@@ -394,7 +376,7 @@ def parse_args(argv=None):
     p.add_argument("--judge-weights", type=Path, help="its weights")
     p.add_argument("--batch-size", type=common.count, default=256, help="images at once, over all processes")
     p.add_argument("--amp", choices=common.AMP, default="none", help="precision of the scoring model")
-    p.add_argument("--seed", type=common.seed_type, default=0, help="of the noise, of --select random and of the scratch network")
+    p.add_argument("--seed", type=common.seed_type, default=0, help="of the noise and of --select random")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     p.add_argument("--overwrite", action="store_true", help="make the output again although it stands")
     a = p.parse_args(argv)

@@ -184,6 +184,20 @@ def autocast(device, amp):
     return torch.autocast(device.type, dtype=AMP[amp] or torch.bfloat16, enabled=AMP[amp] is not None)
 
 
+def optimizer_of(net, lr, device, amp):
+    """AdamW without weight decay, and its scaler. One path for every precision: the scaler skips a non-finite step inside the fused kernel, without
+    waiting for the device; only fp16 scales."""
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
+    scale, interval = (2.0**16, 2000) if amp == "fp16" else (1.0, 2**31 - 1)
+    return optimizer, torch.amp.GradScaler(device.type, init_scale=scale, growth_interval=interval)
+
+
+def lr_at(step, a):
+    """Learning rate of step n from a.lr, a.warmup, a.schedule, a.steps: linear warm-up, then constant or a cosine to zero at the last step."""
+    warm = min(1.0, (step + 1) / a.warmup) if a.warmup else 1.0
+    return a.lr * warm * (0.5 * (1 + math.cos(math.pi * step / a.steps)) if a.schedule == "cosine" else 1.0)
+
+
 def generator(seed, *key, device="cpu"):
     """A torch.Generator whose stream depends on (seed, key) alone; key holds ints and strings, e.g. (seed, 'noise', step)."""
     words = [zlib.crc32(k.encode()) if isinstance(k, str) else int(k) for k in key]
@@ -349,6 +363,16 @@ def open_data(folder, pixels=True):
         d.test_images = load_npy(folder / "test_images.npy", "held-out images, uint8 (n, H, W, C)", (len(d.test_labels), *d.images.shape[1:]) if
                                  d.images is not None else None, "u")
     return d
+
+
+def open_checkpoint(path):
+    """(checkpoint dict, model of its EMA in eval mode, process); errors name the file."""
+    import models
+    state = load_pt(path, "a checkpoint of train.py")
+    try:
+        return state, *models.from_checkpoint(state)
+    except ValueError as e:
+        raise UserError(f"{path}: {e}") from e
 
 
 def open_encoder(name, d, device, weights=None):

@@ -132,7 +132,7 @@ def rows_of(runs, judge):
     for r in runs:
         e, memo = r.metrics["encoders"][judge], (r.metrics.get("memorisation") or {}).get("pixels", {})
         best = min((p["fd"] for p in r.trajectory), default=None)
-        values = dict(kept=r.train["images_kept"], steps=r.train["args"]["steps"], epochs=r.train["epochs"], images_seen=r.train["images_seen"], fd=e["fd"],
+        values = dict(kept=r.train["images_kept"], steps=r.train["images_seen"] // r.train["args"]["batch_size"], epochs=r.train["epochs"], images_seen=r.train["images_seen"], fd=e["fd"],
                       fd_subset=e.get("fd_subset"), worst=e.get("per_class", {}).get("worst_fd"), worst_n=e.get("per_class", {}).get("n"),
                       precision=e.get("precision"), recall=e.get("recall"), density=e.get("density"), coverage=e.get("coverage"),
                       read=e.get("read_as_labelled"), memo=memo.get("samples", {}).get("share"), memo_heldout=memo.get("heldout", {}).get("share"),

@@ -30,7 +30,7 @@ import torch.nn as nn
 
 import common
 import models
-from models.diffusion import diffusion_loss
+from models.diffusion import diffusion_loss, sample_latents, to_pixels
 
 OUTPUTS = ("weights.npy", "abar.npy", "history.npy", "excess.npy", "weights.png", "proxy.pt")
 FROM_REFERENCE = ("steps", "batch_size", "lr", "amp", "warmup", "schedule", "grad_clip", "flips")
@@ -92,11 +92,7 @@ def class_weights(abar, counts):
 # ---------------------------------------------------------------------------------------------- inputs
 def load_inputs(a):
     """Everything that the flags name, checked before anything is written; fills the flags left out. Returns a namespace."""
-    d, state = common.open_data(a.data, pixels=False), common.load_pt(a.reference, "a checkpoint of train.py")
-    try:
-        reference, process = models.from_checkpoint(state)
-    except ValueError as e:
-        raise common.UserError(f"{a.reference}: {e}")
+    d, (state, reference, process) = common.open_data(a.data, pixels=False), common.open_checkpoint(a.reference)
     ref, source = state["args"], d.images if d.latents is None else d.latents
     channels, size = (source.shape[3], source.shape[1]) if d.latents is None else (source.shape[1] // 2, source.shape[2])
     mine = dict(num_classes=d.num_classes, channels=channels, size=size, latents=d.latents is not None, data_sha256=d.info["sha256"])
@@ -136,28 +132,12 @@ def uniform_rows(step, batch, seed, by_class, counts):
     return by_class[counts.cumsum(0)[k] - counts[k] + (torch.rand(batch, generator=g, dtype=torch.float64) * counts[k]).long()]
 
 
-def to_model(x, scale, noise, flip):
-    """Rows of images.npy -> float (n, C, H, W) in [-1, 1], mirrored where flip; rows of latents.npy -> a fresh draw scale (mean + std noise)."""
-    if scale is not None:
-        mean, std = x.float().chunk(2, dim=1)
-        return scale * (mean + std * noise)
-    x = x.permute(0, 3, 1, 2).float() / 127.5 - 1
-    return torch.where(flip.view(-1, 1, 1, 1), x.flip(-1), x)
-
-
-def lr_at(step, a):
-    """Linear warm-up, then constant or a cosine to zero, as the reference was trained."""
-    warm = min(1.0, (step + 1) / a.warmup) if a.warmup else 1.0
-    return a.lr * warm * (0.5 * (1 + math.cos(math.pi * step / a.steps)) if a.schedule == "cosine" else 1.0)
-
-
 # ---------------------------------------------------------------------------------------------- the loop
 def train_proxy(a, i, stage, device):
     """Trains the proxy and records the excess losses. Returns (record (steps, 2, B) on rank 0, seconds)."""
     s, K, B, main = i.settings, i.data.num_classes, a.batch_size, common.rank() == 0
     reference, proxy = (m.to(device, memory_format=torch.channels_last) for m in (i.reference, i.proxy.train()))
-    optimizer = torch.optim.AdamW([p for p in proxy.parameters() if p.requires_grad], lr=a.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
-    scaler = torch.amp.GradScaler(device.type, init_scale=2.0**16 if a.amp == "fp16" else 1.0, growth_interval=2000 if a.amp == "fp16" else 2**31 - 1)
+    optimizer, scaler = common.optimizer_of(proxy, a.lr, device, a.amp)
     lam, start, seconds, bad = torch.zeros(K, dtype=torch.float64, device=device), 0, 0.0, 0
     log_a = lam - math.log(K)
     part = stage.out / "excess.part.npy"
@@ -188,7 +168,9 @@ def train_proxy(a, i, stage, device):
         noise = torch.randn(shape, generator=g, device=device)[lo:hi] if s["latents"] else None
         y_all = labels[rows].to(device)
         x = torch.from_numpy(i.source[i.keep[rows[lo:hi].numpy()]]).to(device)
-        x = to_model(x, s["latent_scale"], noise, (flip < 0.5 * bool(a.flips))[lo:hi]).contiguous(memory_format=torch.channels_last)
+        x = sample_latents(x, s["latent_scale"], noise) if s["latents"] else to_pixels(x)
+        x = torch.where((flip < 0.5)[lo:hi].view(-1, 1, 1, 1), x.flip(-1), x) if a.flips else x
+        x = x.contiguous(memory_format=torch.channels_last)
         u, eps, y = u[lo:hi], eps[lo:hi], y_all[lo:hi]                # ONE (t, eps) per example, the same for both networks
         with common.autocast(device, a.amp):
             with torch.no_grad():
@@ -203,7 +185,7 @@ def train_proxy(a, i, stage, device):
         a_y = log_a.exp()[y_all].float()
         # sum_j a_{y_j} l_j / sum_j a_{y_j} over the whole batch; DDP takes the mean over ranks, hence the number of them
         scaler.scale(common.world() * (a_y[lo:hi] * loss).sum() / a_y.sum()).backward()
-        optimizer.param_groups[0]["lr"] = lr_at(step, a)
+        optimizer.param_groups[0]["lr"] = common.lr_at(step, a)
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(proxy.parameters(), a.grad_clip or math.inf)
         scaler.step(optimizer)                                        # leaves out a non-finite step

@@ -9,6 +9,7 @@
 # Sizes come from the environment: STEPS KEEP PER_CLASS NUM_SAMPLES SEEDS MODEL PROCESS RUNS NPROC DEVICE REPORT=full (trajectories and intervals).
 # Output: runs/NAME/<run>/ and runs/NAME/report/report.md. Seeds after the first stand in runs/NAME/<run>-seedN.
 set -euo pipefail
+export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-1000}                      # idle CPU threads sleep at once: on a busy machine they would spin for ages
 what=${1:-digits}
 [ -e "$what" ] && what=$(realpath "$what")
 cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")"
@@ -33,7 +34,7 @@ fi
 
 # ------------------------------------------------------------------ sizes
 case "$what" in
-digits)  NAME=digits;  preset=digits;  : "${STEPS:=700}" "${PER_CLASS:=15}" "${NUM_SAMPLES:=1000}"; budgets="--per-class $PER_CLASS"
+digits)  NAME=digits;  preset=digits;  : "${STEPS:=800}" "${PER_CLASS:=15}" "${NUM_SAMPLES:=1000}"; budgets="--per-class $PER_CLASS"
          sampler="--sampler heun --steps 12 --cfg 1.5"; dro="--eta 0.05 --steps 400 --batch-size 64"; source=(digits) ;;
 cifar10) NAME=cifar10; preset=cifar10; : "${STEPS:=20000}" "${PER_CLASS:=100}" "${NUM_SAMPLES:=10000}" "${KEEP:=0.1 0.4}"
          sampler="--cfg 1.5"; dro=""; source=(cifar10 ${ROOT:+--root "$ROOT"}) ;;
@@ -47,7 +48,7 @@ data=data/$NAME out=runs/$NAME
 wants() { case " $RUNS " in *" $1 "*) return 0 ;; esac; return 1; }
 stage() { echo "--- $*"; "$py" "$@"; }
 heavy() {                                                            # the stages that torchrun spreads over NPROC processes
-    if [ "$NPROC" -gt 1 ]; then echo "--- $*"; "$py" -m torch.distributed.run --standalone --nproc_per_node "$NPROC" "$@"; else stage "$@"; fi
+    if [ "$NPROC" -gt 1 ]; then echo "--- $*"; "$py" -m torch.distributed.run --standalone --nproc_per_node "$NPROC" -- "$@"; else stage "$@"; fi
 }
 train_sample() {                                                     # train_sample RUN [flags of train.py]: train, then draw from its EMA
     local run=$1; shift

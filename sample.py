@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 import common
-import models
 from models.diffusion import SAMPLERS, generate, to_uint8
 
 DEFAULT_SAMPLER = {"ddpm": ("ddim", 50), "flow": ("heun", 25)}
@@ -100,11 +99,7 @@ def parse_args(argv=None):
 def main(argv=None):
     a = parse_args(argv)
     device = common.get_device(a.device)
-    state = common.load_pt(a.checkpoint)
-    try:
-        model, process = models.from_checkpoint(state)
-    except ValueError as e:
-        raise common.UserError(f"{a.checkpoint}: {e}")
+    state, model, process = common.open_checkpoint(a.checkpoint)
     a.sampler = a.sampler or DEFAULT_SAMPLER[process.name][0]
     a.steps = a.steps or DEFAULT_SAMPLER[process.name][1]
     if a.sampler not in SAMPLERS[process.name]:

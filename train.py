@@ -32,11 +32,11 @@ import torch.nn as nn
 import common
 import models
 from models.conditioning import Projector, alignment_loss, drop_labels, match_grid
-from models.diffusion import diffusion_loss, generate, make_process, to_uint8
+from models.diffusion import diffusion_loss, generate, make_process, sample_latents, to_pixels, to_uint8
 
 # The published recipe of each scale (methods: DDPM's CIFAR-10 setting; SiT's ImageNet setting; digits is this kit's own). A flag overrides.
 PRESETS = {
-    "digits":   dict(model="SiT-T/2", process="flow", steps=700, batch_size=128, lr=3e-3, schedule="cosine", warmup=50, ema=0.99, class_std=1.0, flips=False, amp="none", checkpoint_every=100),
+    "digits":   dict(model="SiT-T/2", process="flow", steps=800, batch_size=128, lr=6e-3, schedule="cosine", warmup=50, ema=0.99, class_std=1.0, flips=False, amp="none", checkpoint_every=100),
     "cifar10":  dict(model="unet", process="ddpm", steps=100_000, batch_size=128, lr=2e-4, schedule="constant", warmup=5000, ema=0.9999, class_std=0.02, flips=True, amp="bf16", checkpoint_every=10_000),
     "imagenet": dict(model="SiT-XL/2", process="flow", steps=40_000, batch_size=256, lr=1e-4, schedule="constant", warmup=0, ema=0.9999, class_std=0.02, flips=False, amp="bf16", checkpoint_every=10_000),
 }
@@ -107,17 +107,6 @@ def device_budget(device):
     return 0.25 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
 
 
-def to_pixels(x):
-    """uint8 (n, H, W, C) -> float32 (n, C, H, W) in [-1, 1]."""
-    return x.permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def sample_latents(z, scale, noise):
-    """(n, 2c, h, w) stored mean and std of the VAE posterior, noise (n, c, h, w) -> a fresh draw, scaled: z = scale (mean + std noise)."""
-    mean, std = z.float().chunk(2, dim=1)
-    return scale * (mean + std * noise)
-
-
 # ---------------------------------------------------------------------------------------------- the objective
 class Objective(nn.Module):
     """Network, projector and losses as one module, so that DDP and torch.compile wrap one thing."""
@@ -132,12 +121,6 @@ class Objective(nn.Module):
             return diffusion_loss(self.process, self.model, x, u, eps, y), None
         loss, tokens = diffusion_loss(self.process, self.model, x, u, eps, y, tokens_after=self.model.token_layer)
         return loss, alignment_loss(self.projector(tokens), match_grid(v, tokens.shape[1]))
-
-
-def lr_at(step, a):
-    """Learning rate of step n: linear warm-up, then constant or a cosine to zero at the last step."""
-    warm = min(1.0, (step + 1) / a.warmup) if a.warmup else 1.0
-    return a.lr * warm * (0.5 * (1 + math.cos(math.pi * step / a.steps)) if a.schedule == "cosine" else 1.0)
 
 
 @torch.no_grad()
@@ -293,6 +276,9 @@ def train(a, i, stage, device):
     with common.user_errors():
         model = models.build(settings, i.text, i.mask)
     if i.init is not None:
+        for k in ("process", "predict"):
+            if i.init.get("args", {}).get(k, settings[k]) != settings[k]:
+                raise common.UserError(f"{a.init}: was trained with --{k} {i.init['args'][k]}, this run has {settings[k]}; its weights would mean something else")
         with common.user_errors():
             models.init_from(model, i.init, a.init)
     projector = None
@@ -303,9 +289,7 @@ def train(a, i, stage, device):
     net = Objective(model, process, projector).to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(net.model).eval().requires_grad_(False)
     params, ema_params = list(net.model.parameters()), list(ema.parameters())
-    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=a.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
-    # One path for every precision: the scaler skips a non-finite step inside the fused kernel, without waiting for the device. Only fp16 scales.
-    scaler = torch.amp.GradScaler(device.type, init_scale=2.0**16 if a.amp == "fp16" else 1.0, growth_interval=2000 if a.amp == "fp16" else 2**31 - 1)
+    optimizer, scaler = common.optimizer_of(net, a.lr, device, a.amp)
     start, images_seen, seconds, skipped_before = 0, 0, 0.0, 0
     logger = Log(stage.out, device)
     if stage.resuming and (stage.out / "last.pt").exists():
@@ -359,7 +343,7 @@ def train(a, i, stage, device):
         drop_all, flip_all = torch.rand(B, generator=g, device=device), torch.rand(B, generator=g, device=device) < 0.5
         post_all = torch.randn(B, *shape, generator=g, device=device) if settings["latents"] else None
         torch.manual_seed(common.generator(a.seed, "dropout", step, common.rank()).initial_seed())          # dropout has no generator of its own
-        optimizer.param_groups[0]["lr"] = lr_at(step, a)
+        optimizer.param_groups[0]["lr"] = common.lr_at(step, a)
         mine, x_all = rows[lo:hi], images.get(rows[lo:hi], ahead[lo:hi])
         y_all = labels[mine.to(device, non_blocking=True)]
         v_all = visual.get(mine, ahead[lo:hi]) if visual else None
@@ -403,7 +387,7 @@ def train(a, i, stage, device):
                 bar.close()
                 raise common.UserError(f"{stage.out}: {int(bad[0])} steps in a row had a non-finite loss or gradient, up to step {done}; last.pt keeps the last good "
                                        "checkpoint; check the data, lower --lr, or use --amp bf16 or none")
-            row = logger.write(done, lr=lr_at(step, a), images=images_seen, epoch=images_seen / M, seconds=round(spent, 3), skipped=int(bad[1]), scale=scaler.get_scale())
+            row = logger.write(done, lr=common.lr_at(step, a), images=images_seen, epoch=images_seen / M, seconds=round(spent, 3), skipped=int(bad[1]), scale=scaler.get_scale())
             bar.set_postfix(loss=f"{row['diffusion']:.4f}", refresh=False)
             if first_log is None and not last:
                 first_log = (spent - seconds) / (done - start)
@@ -457,7 +441,7 @@ def parse_args(argv=None):
     p.add_argument("--model", choices=models.MODELS, help="network")
     p.add_argument("--process", choices=("ddpm", "flow"), help="diffusion process")
     p.add_argument("--predict", choices=("eps", "v"), default="eps", help="what a ddpm network predicts (flow: always v)")
-    p.add_argument("--init", help="checkpoint to take the start weights from (ours, or an official DiT/SiT)")
+    p.add_argument("--init", help="checkpoint of train.py to take the start weights from (its EMA)")
     p.add_argument("--steps", type=common.number(int, low=0, high=2**40), help="optimizer steps in all")
     p.add_argument("--batch-size", type=common.count, help="global batch, over all processes and accumulated parts")
     p.add_argument("--accumulate", type=common.count, default=1, help="parts into which each process cuts its share of a batch")

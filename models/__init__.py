@@ -19,6 +19,8 @@ def build(settings, text=None, mask=None):
     kw = dict(MODELS[name], size=settings["size"], channels=settings["channels"], num_classes=settings["num_classes"], text=text, mask=mask,
               text_shape=settings.get("text_shape"), class_std=settings.get("class_std", 0.02), recompute=settings.get("recompute", False))
     if name in SITS:
+        if settings["process"] == "ddpm":                             # its time is 0..999 already
+            kw["time_scale"] = 1.0
         return SiT(**kw, learn_sigma=settings.get("learn_sigma", False))
     if settings.get("dropout") is not None:
         kw["dropout"] = settings["dropout"]

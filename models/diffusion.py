@@ -222,6 +222,17 @@ def generate(model, process, y, generators, sampler, steps, cfg=1.0, interval=(0
     return x.float()
 
 
+def to_pixels(x):
+    """uint8 (n, H, W, C) -> float32 (n, C, H, W) in [-1, 1]."""
+    return x.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def sample_latents(z, scale, noise):
+    """(n, 2c, h, w) stored mean and std of the VAE posterior, noise (n, c, h, w) -> a fresh draw, scaled: scale (mean + std noise)."""
+    mean, std = z.float().chunk(2, dim=1)
+    return scale * (mean + std * noise)
+
+
 def to_uint8(x):
-    """(n, C, H, W) in [-1, 1] -> uint8 (n, H, W, C), rounded to the nearest level (the inverse of x / 127.5 - 1)."""
+    """(n, C, H, W) in [-1, 1] -> uint8 (n, H, W, C), rounded to the nearest level (the inverse of to_pixels)."""
     return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1)

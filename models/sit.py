@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from models.conditioning import ConditionEmbedder, align_depth, timestep_embedding
 
 SIZES = {"XL": dict(depth=28, width=1152, heads=16), "L": dict(depth=24, width=1024, heads=16), "B": dict(depth=12, width=768, heads=12),
-         "S": dict(depth=12, width=384, heads=6), "T": dict(depth=4, width=64, heads=4)}
+         "S": dict(depth=12, width=384, heads=6), "T": dict(depth=4, width=64, heads=4, time_scale=100.0)}                        # T is this kit's own, for 8 x 8 digits
 SITS = {f"SiT-{s}/{p}": dict(**SIZES[s], patch=p) for s in SIZES for p in (1, 2, 4, 8)}
 
 
@@ -18,13 +18,13 @@ def modulate(x, shift, scale):
 
 
 class TimestepEmbedder(nn.Module):
-    def __init__(self, width, frequencies=256):
+    def __init__(self, width, scale=1.0, frequencies=256):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
-        self.frequencies = frequencies
+        self.scale, self.frequencies = scale, frequencies
 
     def forward(self, t):
-        return self.mlp(timestep_embedding(t, self.frequencies))                              # (n, D)
+        return self.mlp(timestep_embedding(t * self.scale, self.frequencies))                 # (n, D)
 
 
 class PatchEmbed(nn.Module):
@@ -91,7 +91,7 @@ class SiT(nn.Module):
     half (the variance) dropped. tokens_after=k also returns the tokens after block k (1-based), (n, T, D)."""
 
     def __init__(self, size, channels, num_classes, depth, width, heads, patch, learn_sigma=False, text=None, mask=None, text_shape=None, class_std=0.02,
-                 recompute=False):
+                 recompute=False, time_scale=1.0):
         super().__init__()
         if size % patch:
             raise ValueError(f"image size {size} is not a multiple of the patch size {patch}; choose another --model or size")
@@ -99,7 +99,7 @@ class SiT(nn.Module):
         self.out_channels, self.grid = channels * (2 if learn_sigma else 1), size // patch
         self.token_layer, self.token_width = align_depth(depth), width
         self.x_embedder = PatchEmbed(patch, channels, width)
-        self.t_embedder = TimestepEmbedder(width)
+        self.t_embedder = TimestepEmbedder(width, time_scale)
         self.y_embedder = ConditionEmbedder(num_classes, width, text, mask, text_shape, std=class_std)
         self.pos_embed = nn.Parameter(torch.from_numpy(sincos_2d(width, self.grid)).float()[None], requires_grad=False)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
@@ -115,7 +115,9 @@ class SiT(nn.Module):
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(self.x_embedder.proj.weight.shape[0], -1))
         nn.init.zeros_(self.x_embedder.proj.bias)
         for i in (0, 2):
-            nn.init.normal_(self.t_embedder.mlp[i].weight, std=0.02)
+            weight = self.t_embedder.mlp[i].weight
+            # Official size: 0.02. The tiny size has a few hundred steps to find its way in time: Xavier, and a time of 0..100 that the frequencies resolve.
+            nn.init.normal_(weight, std=0.02) if self.t_embedder.scale == 1 else nn.init.xavier_uniform_(weight)
             nn.init.zeros_(self.t_embedder.mlp[i].bias)
         for m in (*(b.adaLN_modulation[1] for b in self.blocks), self.final_layer.adaLN_modulation[1], self.final_layer.linear):
             nn.init.zeros_(m.weight)

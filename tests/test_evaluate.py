@@ -268,6 +268,8 @@ def test_what_has_changed_is_measured_again(world, capsys):
     run(world), run(world, encoder="pixels")
     capsys.readouterr()
     for flags in (["--num", "30"], ["--seed", "1"], ["--bootstrap", "3"], ["--reference-max", "50"], ["--audit-samples", "20"]):
+        run(world, encoder="pixels", runs=("full",))                  # without the flag
+        capsys.readouterr()
         run(world, *flags, encoder="pixels", runs=("full",))
         assert "nothing to do" not in capsys.readouterr().out, flags
         run(world, *flags, encoder="pixels", runs=("full",))

@@ -141,14 +141,6 @@ def test_rows_are_class_uniform_and_depend_on_seed_and_step_alone():
     assert torch.equal(rows, uniform_rows(3, 30_000, 7, by_class, counts)) and not torch.equal(rows, uniform_rows(4, 30_000, 7, by_class, counts))
 
 
-def test_latents_are_drawn_and_pixels_mirrored():
-    z = torch.tensor([1.0, 2.0, 0.1, 0.2]).view(1, 4, 1, 1)
-    out = reweight.to_model(z, 0.5, torch.tensor([[10.0, -10.0]]).view(1, 2, 1, 1), None)
-    np.testing.assert_allclose(out.flatten(), [0.5 * (1 + 1), 0.5 * (2 - 2)], atol=1e-6)
-    x = torch.tensor([[[[0], [255]]], [[[0], [255]]]], dtype=torch.uint8)                             # (2, 1, 2, 1)
-    assert reweight.to_model(x, None, None, torch.tensor([False, True])).flatten().tolist() == [-1, 1, 1, -1]
-
-
 # ------------------------------------------------------------------------------------------------ the script
 @pytest.fixture(scope="module")
 def kit(tmp_path_factory):
@@ -236,14 +228,14 @@ def test_stopped_run_resumes_bit_equal(kit, straight, monkeypatch):
         if len(seen) == 3:
             os.kill(os.getpid(), signal.SIGTERM)
         return real(*a)
-    real = reweight.lr_at
-    monkeypatch.setattr(reweight, "lr_at", told_in_the_third_step)
+    real = common.lr_at
+    monkeypatch.setattr(common, "lr_at", told_in_the_third_step)
     with pytest.raises(SystemExit) as e:
         run(kit, "stopped")
     assert e.value.code == 143
     out = kit[0] / "stopped"
     assert common.load_pt(out / "proxy.pt")["step"] == 4 and not (out / "weights.npy").exists()
-    monkeypatch.setattr(reweight, "lr_at", real)
+    monkeypatch.setattr(common, "lr_at", real)
     run(kit, "stopped")
     for name, v in load(out).items():
         assert np.array_equal(v, load(straight)[name]), name
@@ -295,8 +287,8 @@ def test_latents_and_indices(kit, monkeypatch):
     (data / "latents.json").write_text('{"scale": 0.5}')
     ref = make_reference(root / "latent.pt", data, latents=True, latent_scale=0.5, flips=False)
     np.save(root / "keep.npy", np.r_[0:5, 10:20, 25:30])
-    seen, real = [], reweight.to_model
-    monkeypatch.setattr(reweight, "to_model", lambda x, *rest: (seen.append(x), real(x, *rest))[1])
+    seen, real = [], reweight.sample_latents
+    monkeypatch.setattr(reweight, "sample_latents", lambda x, *rest: (seen.append(x), real(x, *rest))[1])
     r = load(run((root, ref), "latent", "--data", data, "--indices", root / "keep.npy"))
     z, keep = np.load(data / "latents.npy"), np.load(root / "keep.npy")
     for x, y in zip(torch.cat(seen).numpy(), r["excess"][:, 1].flatten()):                            # only kept images, each with its own label

@@ -78,7 +78,7 @@ def stats(out, drop=("seconds",)):
 
 def crash_at(monkeypatch, step):
     """A context in which the loop raises at `step`, as a killed process stops there."""
-    real = train.lr_at
+    real = common.lr_at
 
     def lr_at(n, a):
         if n == step:
@@ -86,7 +86,7 @@ def crash_at(monkeypatch, step):
         return real(n, a)
     m = pytest.MonkeyPatch.context()
     inner = m.__enter__()
-    inner.setattr(train, "lr_at", lr_at)
+    inner.setattr(common, "lr_at", lr_at)
     return m
 
 
@@ -298,11 +298,11 @@ def test_the_loop_equals_plain_code(weights, tiny_data, tmp_path, seen):
 
 def test_lr_at():
     a = train.argparse.Namespace(lr=2.0, warmup=4, steps=10, schedule="constant")
-    assert [train.lr_at(n, a) for n in range(6)] == [0.5, 1, 1.5, 2, 2, 2]
+    assert [common.lr_at(n, a) for n in range(6)] == [0.5, 1, 1.5, 2, 2, 2]
     a.schedule, a.warmup = "cosine", 0
-    assert train.lr_at(0, a) == 2 and train.lr_at(5, a) == pytest.approx(1) and train.lr_at(10, a) == pytest.approx(0, abs=1e-12)
+    assert common.lr_at(0, a) == 2 and common.lr_at(5, a) == pytest.approx(1) and common.lr_at(10, a) == pytest.approx(0, abs=1e-12)
     a.warmup = 10
-    assert train.lr_at(4, a) == pytest.approx(0.5 * (1 + np.cos(0.4 * np.pi)))
+    assert common.lr_at(4, a) == pytest.approx(0.5 * (1 + np.cos(0.4 * np.pi)))
 
 
 def test_accumulation_changes_rounding_only(tiny_data, tmp_path, seen):
@@ -593,7 +593,7 @@ def test_every_flag_is_used_by_some_code(script, monkeypatch):
     monkeypatch.setattr(common.Parser, "parse_args", capture)
     with pytest.raises(Crash):
         importlib.import_module(script).parse_args([])
-    source = (ROOT / f"{script}.py").read_text()
+    source = (ROOT / f"{script}.py").read_text() + (ROOT / "common.py").read_text()      # common.lr_at(step, a) reads flags too
     body = re.sub(r"def parse_args.*?(?=\n\S)", "", source, flags=re.S)
     assert flags and "def parse_args" not in body
     assert [f for f in flags if not re.search(rf"\b(a|args)\.{f}\b", body)] == []
