@@ -103,7 +103,8 @@ for seed in $SEEDS; do
 done
 
 # ------------------------------------------------------------------ judge and compare
-judge="--data $data --encoder ${JUDGE:-scratch} --device $DEVICE"
-stage evaluate.py $judge --runs "${measured[@]}" $([ "$REPORT" = full ] && echo --bootstrap 20)
-[ "$REPORT" = full ] && stage evaluate.py $judge --runs "${measured[@]}" --trajectory
+: "${JUDGE:=scratch pixels}"                                           # the first is the table's; none of them selected or was aligned to
+judge="--data $data --device $DEVICE --encoder"
+stage evaluate.py $judge $JUDGE --runs "${measured[@]}" $([ "$REPORT" = full ] && echo --bootstrap 20)
+[ "$REPORT" = full ] && stage evaluate.py $judge ${JUDGE%% *} --runs "${measured[@]}" --trajectory
 stage report.py "${measured[@]}" --out "$out/report"

@@ -146,10 +146,17 @@ def test_sit_starts_as_adaln_zero():
     out, tokens = model(x, torch.rand(3), y, tokens_after=4)
     assert out.abs().max() == 0                                       # zero output, and every block the identity
     torch.testing.assert_close(tokens, model.x_embedder(x) + model.pos_embed)
-    assert model.t_embedder.mlp[0].weight.std().item() == pytest.approx(0.02, rel=0.1)
+    assert model.t_embedder.mlp[0].weight.std().item() == pytest.approx(math.sqrt(2 / (256 + 64)), rel=0.1)         # the tiny size: Xavier
     bound = math.sqrt(6 / (64 + 192))                                 # Xavier, uniform
     assert 0.9 * bound < model.blocks[0].attn.qkv.weight.abs().max().item() <= bound
     assert 0.8 * math.sqrt(6 / (64 + 4)) < model.x_embedder.proj.weight.abs().max().item() <= math.sqrt(6 / (64 + 4))    # fans of the flattened patch
+
+
+def test_only_the_tiny_size_stretches_flow_time():
+    """Official sizes see SiT's unscaled t in [0, 1] through N(0, 0.02) weights, or their checkpoints would mean something else; a ddpm time is 0..999 anyway."""
+    official = models.build({**SIT, "model": "SiT-S/2"})
+    assert official.t_embedder.scale == 1 and official.t_embedder.mlp[0].weight.std().item() == pytest.approx(0.02, rel=0.1)
+    assert models.build({**SIT, "process": "flow"}).t_embedder.scale == 100 and models.build({**SIT, "process": "ddpm"}).t_embedder.scale == 1
 
 
 def test_sit_tokens_are_those_after_block_k():
