@@ -151,6 +151,12 @@ def get_device(name="auto"):
     return device
 
 
+def single_process(script):
+    """For scripts whose work is not shared out: under torchrun every process would do all of it and write the same files."""
+    if world() > 1:
+        raise UserError(f"{script} runs in one process; start it with python, not with torchrun")
+
+
 def barrier():
     if world() > 1:
         torch.distributed.barrier()
@@ -394,6 +400,14 @@ def open_encoder(name, d, device, weights=None):
         return encoders.load(name, device, weights=weights, images=d.images, labels=d.labels, num_classes=d.num_classes)
 
 
+def check_origin(path, d):
+    """A file that another stage made says beside it, in <script>.args.json, of which data set: refused where that is not d."""
+    for record in Path(path).parent.glob("*.args.json"):
+        made = load_json(record, "a record").get("inputs", {}).get("data")
+        if made not in (None, d.info["sha256"]):
+            raise UserError(f"{path}: was made from another data set than {d.folder} ({d.info['name']}); make it again for this one")
+
+
 def load_indices(path, n, labels=None, num_classes=None):
     """keep.npy: int64 (M,) sorted, distinct, in 0..n-1. With labels, every class must keep at least one image."""
     keep = np.array(load_npy(path, "kept indices, int64 (M,)", (None,), "iu"), dtype=np.int64)
@@ -427,8 +441,8 @@ class Stage:
     """One out folder while a script writes to it: the lock, the resume rule and `<script>.args.json`.
 
     inputs: {name: path of a file, or a data folder's info dict}; outputs: names that must stand for the stage to count as done;
-    free: flags that may differ on a resume (device, logging, inference batch ...); ready(): a last word on whether the outputs suffice. After the call, `.done` says that nothing is left to do and
-    `.resuming` that an earlier, interrupted call with the same arguments began here.
+    free: flags that may differ on a resume (logging, inference batch ...); ready(): a last word on whether the outputs suffice. After the call,
+    `.done` says that nothing is left to do and `.resuming` that an earlier, interrupted call with the same arguments began here.
     """
 
     def __init__(self, script, out, args, inputs=(), outputs=(), free=(), overwrite=False, ready=None):

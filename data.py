@@ -531,6 +531,7 @@ def parse_args(argv=None):
 @common.command
 def main(argv=None):
     args = parse_args(argv)
+    common.single_process("data.py")
     start, path = time.time(), Path(args.source).expanduser()
     folder = args.source not in ("digits", "cifar10") and path.is_dir()
     if args.source not in ("digits", "cifar10"):

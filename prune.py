@@ -227,9 +227,10 @@ def score_all(name, groups, m, tie, seed, features=None, difficulty=None):
 def extract_features(d, args, device, rows=8192):
     """OUT/features.npy as (memory map, seconds). features.json says whose the rows are and how many of features.part.npy are done."""
     final, part, note = (args.out / f"features{end}" for end in (".npy", ".part.npy", ".json"))
-    start, n = time.time(), len(d.images)
+    n = len(d.images)
     with common.user_errors():
         enc = common.open_encoder(args.surrogate, d, device, args.weights)
+        start = time.time()                                           # a scratch network notes its own seconds
         fresh = {"key": {"data": d.info["sha256"], "identity": enc.identity, "shape": [n, enc.width]}, "rows": 0, "seconds": 0.0}
         state = common.load_json(note, "the state of the extraction") if note.exists() else fresh
         if state.get("key") != fresh["key"] or not (final if state["rows"] == n else part).exists():
@@ -321,8 +322,7 @@ def parse_args(argv=None):
 
 def check_inputs(args):
     """The data folder, the groups (N,) within which images compete, how many to keep of each, and the arrays of --features and --scores."""
-    if common.world() > 1:
-        raise common.UserError("prune.py runs as one process; start it without torchrun")
+    common.single_process("prune.py")
     common.get_device(args.device)
     d = common.open_data(args.data, pixels=args.extract or args.el2n)
     n, sizes = len(d.labels), np.bincount(d.labels, minlength=d.num_classes)

@@ -102,6 +102,8 @@ def load_inputs(a):
     if d.num_classes < 2:
         raise common.UserError(f"{a.data}: one class only, there is nothing to weigh; train without --weights")
     keep = common.load_indices(a.indices, len(d.labels)) if a.indices else np.arange(len(d.labels))
+    if a.indices:
+        common.check_origin(a.indices, d)
     counts = np.bincount(d.labels[keep], minlength=d.num_classes)
     if counts.min() == 0:
         raise common.UserError(f"{a.indices or a.data}: class {np.argmin(counts)} keeps no image; keep at least one of each class")
@@ -152,7 +154,7 @@ def train_proxy(a, i, stage, device):
         with common.atomic(part) as tmp:
             np.lib.format.open_memmap(tmp, "w+", np.float32, (a.steps, 2, B)).flush()
     record = np.lib.format.open_memmap(part, "r+") if main else None  # rows past the saved state are written again
-    wrapped = nn.parallel.DistributedDataParallel(proxy) if common.world() > 1 else proxy
+    wrapped = nn.parallel.DistributedDataParallel(proxy, broadcast_buffers=False) if common.world() > 1 else proxy
     labels, counts = torch.from_numpy(i.data.labels[i.keep]), torch.from_numpy(i.counts)
     by_class, (lo, hi), shape, stop = labels.argsort(stable=True), common.shard(B), (B, s["channels"], s["size"], s["size"]), []
     signal.signal(signal.SIGTERM, lambda *_: stop.append(True))       # finish the step, or the next, save, exit 143
@@ -189,7 +191,7 @@ def train_proxy(a, i, stage, device):
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(proxy.parameters(), a.grad_clip or math.inf)
         scaler.step(optimizer)                                        # leaves out a non-finite step
-        scaler.update()
+        scaler.update(None if a.amp == "fp16" else 1.0)
         optimizer.zero_grad(set_to_none=True)
         bad = 0 if norm.isfinite() else bad + 1
         if main:

@@ -6,12 +6,18 @@
 #   bash run_all.sh FOLDER|FILE.npz     your own images
 #   bash run_all.sh test                the fast tests
 #
-# Sizes come from the environment: STEPS KEEP PER_CLASS NUM_SAMPLES SEEDS MODEL PROCESS RUNS NPROC DEVICE REPORT=full (trajectories and intervals).
+# Sizes come from the environment: STEPS KEEP PER_CLASS NUM_SAMPLES SEEDS MODEL PROCESS RUNS NPROC DEVICE REPORT=full (trajectories and intervals), and choices:
+# SURROGATE SCORE TEXT VISUAL INTERVAL JUDGE DRO SAMPLER OUT (default runs/NAME, with MODEL and PROCESS behind it where given).
 # Output: runs/NAME/<run>/ and runs/NAME/report/report.md. Seeds after the first stand in runs/NAME/<run>-seedN.
 set -euo pipefail
 export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-1000}                      # idle CPU threads sleep at once: on a busy machine they would spin for ages
 what=${1:-digits}
-[ -e "$what" ] && what=$(realpath "$what")
+case "$what" in
+digits|cifar10|test) ;;
+*)  [ -e "$what" ] || { echo "run_all.sh: error: $what: neither digits, cifar10 nor test, and no such folder or file" >&2; exit 2; }
+    what=$(realpath "$what") ;;
+esac
+for path in ROOT SURROGATE_WEIGHTS; do [ -z "${!path:-}" ] || declare "$path=$(realpath "${!path}")"; done
 cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")"
 
 # ------------------------------------------------------------------ a Python that has what requirements.txt asks for
@@ -33,18 +39,23 @@ if [ "$what" = test ]; then
 fi
 
 # ------------------------------------------------------------------ sizes
+dro="" sampler="--cfg 1.5" preset=()                                  # DRO and SAMPLER: flags for reweight.py and sample.py
 case "$what" in
-digits)  NAME=digits;  preset=digits;  : "${STEPS:=800}" "${PER_CLASS:=15}" "${NUM_SAMPLES:=1000}"; budgets="--per-class $PER_CLASS"
-         sampler="--sampler heun --steps 12 --cfg 1.5"; dro="--eta 0.05 --steps 400 --batch-size 64"; source=(digits) ;;
-cifar10) NAME=cifar10; preset=cifar10; : "${STEPS:=20000}" "${PER_CLASS:=100}" "${NUM_SAMPLES:=10000}" "${KEEP:=0.1 0.4}"
-         sampler="--cfg 1.5"; dro=""; source=(cifar10 ${ROOT:+--root "$ROOT"}) ;;
-*)       [ -e "$what" ] || { echo "run_all.sh: error: $what: neither digits, cifar10 nor test, and no such folder or file" >&2; exit 2; }
-         NAME=$(basename "${what%.npz}"); preset=cifar10; : "${STEPS:=20000}" "${PER_CLASS:=100}" "${NUM_SAMPLES:=10000}" "${KEEP:=0.1}"
-         sampler="--cfg 1.5"; dro=""; source=("$what" ${SIZE:+--size "$SIZE"}) ;;
+digits)  NAME=digits; source=(digits); preset=(--preset digits); : "${STEPS:=800}" "${PER_CLASS:=15}" "${NUM_SAMPLES:=1000}" "${KEEP:=}"
+         [ "${PROCESS:-flow}" = ddpm ] || sampler="--sampler heun --steps 12 --cfg 1.5"
+         dro="--eta 0.05 --steps 400 --batch-size 64" ;;
+cifar10) NAME=cifar10; source=(cifar10 ${ROOT:+--root "$ROOT"}); preset=(--preset cifar10); : "${STEPS:=20000}" "${PER_CLASS:=100}" "${NUM_SAMPLES:=10000}" "${KEEP:=0.1 0.4}" ;;
+*)       NAME=$(basename "${what%.npz}"); case "$NAME" in digits|cifar10) NAME=my-$NAME ;; esac
+         source=("$what" ${SIZE:+--size "$SIZE"}); : "${STEPS:=20000}" "${PER_CLASS:=100}" "${NUM_SAMPLES:=10000}" "${KEEP:=0.1}"
+         : "${TEXT:=none}" ;;                                         # minilm knows the class names of digits, CIFAR and ImageNet only
 esac
 : "${SEEDS:=0}" "${NPROC:=1}" "${DEVICE:=auto}" "${REPORT:=short}" "${RUNS:=full random random-attach pruned pruned-dro d2c-select d2c-select-attach}"
-data=data/$NAME out=runs/$NAME
-[ "$NAME" = digits ] || for k in $KEEP; do budgets=${budgets:+$budgets;}"--keep $k"; done
+[ "$REPORT" != full ] || RUNS="$RUNS pruned-dro-resample"             # the other way to use the weights
+: "${DRO=$dro}" "${SAMPLER=$sampler}" "${TEXT:=minilm}" "${VISUAL:=ddae}" "${SCORE:=gaussian}" "${INTERVAL:=auto}" "${JUDGE:=scratch pixels}"
+data=data/$NAME out=${OUT:-runs/$NAME${MODEL:+-${MODEL//\//_}}${PROCESS:+-$PROCESS}}
+budgets=()                                                            # what pruning keeps; digits: as much as D2C, so that one random row serves both
+for k in $KEEP; do budgets+=("--keep $k"); done
+[ -n "$KEEP" ] || budgets=("--per-class $PER_CLASS")
 wants() { case " $RUNS " in *" $1 "*) return 0 ;; esac; return 1; }
 stage() { echo "--- $*"; "$py" "$@"; }
 heavy() {                                                            # the stages that torchrun spreads over NPROC processes
@@ -52,59 +63,71 @@ heavy() {                                                            # the stage
 }
 train_sample() {                                                     # train_sample RUN [flags of train.py]: train, then draw from its EMA
     local run=$1; shift
-    heavy train.py --data "$data" --preset "$preset" --steps "$STEPS" --seed "$seed" --device "$DEVICE" ${MODEL:+--model "$MODEL"} ${PROCESS:+--process "$PROCESS"} "$@" --out "$run"
-    local again=; [ "$run/last.pt" -nt "$run/samples.npy" ] && [ -e "$run/samples.npy" ] && again=--overwrite
-    heavy sample.py --checkpoint "$run/last.pt" --num "$NUM_SAMPLES" $sampler --seed "$seed" --device "$DEVICE" --out "$run" $again
+    heavy train.py --data "$data" ${preset[@]+"${preset[@]}"} --steps "$STEPS" --seed "$seed" --device "$DEVICE" ${MODEL:+--model "$MODEL"} ${PROCESS:+--process "$PROCESS"} "$@" --out "$run"
+    local again=; if [ -e "$run/samples.npy" ] && [ "$run/last.pt" -nt "$run/samples.npy" ]; then again=--overwrite; fi
+    heavy sample.py --checkpoint "$run/last.pt" --num "$NUM_SAMPLES" $SAMPLER --seed "$seed" --device "$DEVICE" --out "$run" $again
     measured+=("$run")
 }
 
 # ------------------------------------------------------------------ the runs: each comparison changes one thing
-[ -e "$data/dataset.json" ] || stage data.py "${source[@]}" --out "$data"
+stage data.py "${source[@]}" --out "$data"
+if [ "$(wc -l <"$data/classes.txt")" -eq 1 ]; then                   # one class: nothing to weigh, and no classifier to train
+    RUNS=${RUNS/pruned-dro/} JUDGE=pixels one_class=(--judge pixels)
+fi
+mkdir -p "$out"
+for size in STEPS NUM_SAMPLES SAMPLER; do                            # another size would leave half of the runs at the old one
+    now=$size=${!size} old=$(grep "^$size=" "$out/sizes.txt" 2>/dev/null || true)
+    [ -n "$old" ] || echo "$now" >>"$out/sizes.txt"
+    [ "${old:-$now}" = "$now" ] || { echo "run_all.sh: error: $out was made with $old, now $now; use OUT=another folder" >&2; exit 2; }
+done
 measured=()
 for seed in $SEEDS; do
     tail=; [ "$seed" = "${SEEDS%% *}" ] || tail=-seed$seed
-    full=$out/full$tail; reference=$full/last.pt
+    full=$out/full$tail reference=$out/full$tail/last.pt             # always: it is the reference of all that follows
+    surrogate=(--surrogate "${SURROGATE:-ddae}" ${SURROGATE_WEIGHTS:+--weights "$SURROGATE_WEIGHTS"})
+    [ "${SURROGATE:-ddae}" != ddae ] || [ -n "${SURROGATE_WEIGHTS:-}" ] || surrogate+=(--weights "$reference")
     train_sample "$full"
-    budget=1; IFS=';' read -ra list <<<"$budgets"
-    for b in "${list[@]}"; do                                        # pruning: every budget has its own random row
-        size=; [ "$budget" = 1 ] || size=-${b##* }
-        if wants random; then
+    for b in "${budgets[@]}"; do                                     # pruning: every budget has its own random row
+        size=; [ "$b" = "${budgets[0]}" ] || size=-${b##* }
+        if wants random || { [ -z "$KEEP" ] && wants random-attach; }; then
             stage prune.py --data "$data" --score random $b --seed "$seed" --out "$out/random$size$tail/prune"
             train_sample "$out/random$size$tail" --indices "$out/random$size$tail/prune/keep.npy"
         fi
-        if wants pruned || wants pruned-dro; then
-            stage prune.py --data "$data" --surrogate "${SURROGATE:-ddae}" ${SURROGATE_WEIGHTS:+--weights "$SURROGATE_WEIGHTS"} $([ -n "${SURROGATE:-}" ] || echo --weights "$reference") \
-                --score "${SCORE:-gaussian}" $b --seed "$seed" --device "$DEVICE" --out "$out/pruned$size$tail/prune"
+        if wants pruned || wants pruned-dro || wants pruned-dro-resample; then
+            stage prune.py --data "$data" "${surrogate[@]}" \
+                --score "$SCORE" $b --seed "$seed" --device "$DEVICE" --out "$out/pruned$size$tail/prune"
             keep=$out/pruned$size$tail/prune/keep.npy
         fi
         if wants pruned; then train_sample "$out/pruned$size$tail" --indices "$keep"; fi
-        if wants pruned-dro; then
-            heavy reweight.py --data "$data" --indices "$keep" --reference "$reference" $dro --seed "$seed" --device "$DEVICE" --out "$out/pruned-dro$size$tail/reweight"
-            train_sample "$out/pruned-dro$size$tail" --indices "$keep" --weights "$out/pruned-dro$size$tail/reweight/weights.npy"
+        if wants pruned-dro || wants pruned-dro-resample; then
+            heavy reweight.py --data "$data" --indices "$keep" --reference "$reference" $DRO --seed "$seed" --device "$DEVICE" --out "$out/pruned-dro$size$tail/reweight"
+            dro=(--indices "$keep" --weights "$out/pruned-dro$size$tail/reweight/weights.npy")
+            if wants pruned-dro; then train_sample "$out/pruned-dro$size$tail" "${dro[@]}"; fi
+            if wants pruned-dro-resample; then train_sample "$out/pruned-dro-resample$size$tail" "${dro[@]}" --reweight-mode resample; fi
         fi
-        budget=$((budget + 1))
     done
     d2c_random=$out/random$tail/prune/keep.npy                       # D2C: the 2 x 2 of selection and attachment at PER_CLASS images
-    if [ "$NAME" != digits ] && { wants random-attach || wants d2c-select; }; then
+    if [ -n "$KEEP" ] && { wants random-attach || wants d2c-select || wants d2c-select-attach; }; then
         stage prune.py --data "$data" --score random --per-class "$PER_CLASS" --seed "$seed" --out "$out/d2c-random$tail/prune"
         d2c_random=$out/d2c-random$tail/prune/keep.npy
         train_sample "$out/d2c-random$tail" --indices "$d2c_random"
     fi
-    attach=(--data "$data" --reference "$reference" --text "${TEXT:-minilm}" --visual "${VISUAL:-ddae}" --seed "$seed" --device "$DEVICE")
+    attach=(--data "$data" --reference "$reference" --text "$TEXT" --visual "$VISUAL" --seed "$seed" --device "$DEVICE" ${one_class[@]+"${one_class[@]}"})
+    [ "$NAME" = digits ] || [ "$VISUAL" = none ] || attach+=(--flips)  # both orientations, so that the attached runs may mirror as the others do
     if wants random-attach; then
         stage attach.py "${attach[@]}" --indices "$d2c_random" --out "$out/random-attach$tail/attach"
         train_sample "$out/random-attach$tail" --attach "$out/random-attach$tail/attach"
     fi
     if wants d2c-select || wants d2c-select-attach; then
-        stage attach.py "${attach[@]}" --per-class "$PER_CLASS" --interval "${INTERVAL:-auto}" --out "$out/d2c-select-attach$tail/attach"
+        stage attach.py "${attach[@]}" --per-class "$PER_CLASS" --interval "$INTERVAL" --out "$out/d2c-select-attach$tail/attach"
     fi
     if wants d2c-select; then train_sample "$out/d2c-select$tail" --indices "$out/d2c-select-attach$tail/attach/keep.npy"; fi
     if wants d2c-select-attach; then train_sample "$out/d2c-select-attach$tail" --attach "$out/d2c-select-attach$tail/attach"; fi
 done
 
 # ------------------------------------------------------------------ judge and compare
-: "${JUDGE:=scratch pixels}"                                           # the first is the table's; none of them selected or was aligned to
-judge="--data $data --device $DEVICE --encoder"
-stage evaluate.py $judge $JUDGE --runs "${measured[@]}" $([ "$REPORT" = full ] && echo --bootstrap 20)
-[ "$REPORT" = full ] && stage evaluate.py $judge ${JUDGE%% *} --runs "${measured[@]}" --trajectory
+judge=(--data "$data" --device "$DEVICE" --runs "${measured[@]}")      # the first encoder is the table's; none of them selected or was aligned to
+interval=; [ "$REPORT" != full ] || interval="--bootstrap 20"
+stage evaluate.py "${judge[@]}" --encoder $JUDGE $interval
+[ "$REPORT" != full ] || stage evaluate.py "${judge[@]}" --encoder ${JUDGE%% *} --trajectory
 stage report.py "${measured[@]}" --out "$out/report"

@@ -67,9 +67,6 @@ def draw(a, model, process, y, device, stage):
         rows = min(10, n // columns)
         by_class = np.argsort(y, kind="stable") if model.num_classes > columns or a.labels != "balanced" else np.arange(n)
         common.save_grid(stage.out / "grid.png", np.asarray(pixels)[by_class[:rows * columns]].reshape(rows, columns, *shape))
-        if a.npz:
-            with common.atomic(stage.out / "samples.npz") as tmp, open(tmp, "wb") as f:
-                np.savez(f, arr_0=pixels, arr_1=y)
         part.replace(stage.out / "samples.npy")
         flags.unlink()
 
@@ -110,10 +107,15 @@ def main(argv=None):
         raise common.UserError(f"--cfg-interval {a.cfg_interval[0]:g} {a.cfg_interval[1]:g}: the first must not be larger; 0 is data, 1 is noise")
     y = make_labels(a.labels, a.num, model.num_classes, a.seed)
     outputs = ["samples.npy", "sample_labels.npy"] + ["samples.npz"] * a.npz
-    stage = common.Stage("sample", a.out, a, {"checkpoint": a.checkpoint}, outputs, ("batch_size",), a.overwrite)
+    stage = common.Stage("sample", a.out, a, {"checkpoint": a.checkpoint}, outputs, ("batch_size", "npz"), a.overwrite)
     if stage.done:
         return
-    draw(a, model.to(device), process, y, device, stage)
+    if not (stage.resuming and (stage.out / "samples.npy").exists()):  # else --npz was asked for later
+        common.log(f"writing {a.num * model.size**2 * model.channels / 2**20:,.1f} MB of samples into {stage.out}")
+        draw(a, model.to(device), process, y, device, stage)
+    if a.npz and common.rank() == 0:
+        with common.atomic(stage.out / "samples.npz") as tmp, open(tmp, "wb") as f:
+            np.savez(f, arr_0=np.load(stage.out / "samples.npy", mmap_mode="r"), arr_1=y)
     stage.finish(step=state["step"], data_sha256=state["args"]["data_sha256"], data=state["args"]["data"])
 
 

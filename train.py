@@ -31,10 +31,10 @@ import torch.nn as nn
 
 import common
 import models
-from models.conditioning import Projector, alignment_loss, drop_labels, match_grid
+from models.conditioning import Projector, alignment_loss, drop_labels, match_grid, mean_token_cosine
 from models.diffusion import diffusion_loss, generate, make_process, sample_latents, to_pixels, to_uint8
 
-# The published recipe of each scale (methods: DDPM's CIFAR-10 setting; SiT's ImageNet setting; digits is this kit's own). A flag overrides.
+# The published recipe of each scale (DDPM's CIFAR-10 setting, SiT's ImageNet setting; digits is this kit's own). A flag overrides.
 PRESETS = {
     "digits":   dict(model="SiT-T/2", process="flow", steps=800, batch_size=128, lr=6e-3, schedule="cosine", warmup=50, ema=0.99, class_std=1.0, flips=False, amp="none", checkpoint_every=100),
     "cifar10":  dict(model="unet", process="ddpm", steps=100_000, batch_size=128, lr=2e-4, schedule="constant", warmup=5000, ema=0.9999, class_std=0.02, flips=True, amp="bf16", checkpoint_every=10_000),
@@ -101,10 +101,10 @@ class Rows:
 
 
 def device_budget(device):
-    """Bytes that data may take: 60 % of the free device memory, on a CPU a quarter of the free memory."""
+    """Bytes that data may take: 60 % of the free device memory, on a CPU a quarter of the memory."""
     if device.type == "cuda":
         return 0.6 * torch.cuda.mem_get_info(device)[0]
-    return 0.25 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    return 0.25 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 # ---------------------------------------------------------------------------------------------- the objective
@@ -168,8 +168,10 @@ def load_inputs(a):
             raise common.UserError(f"{attach}: neither text.npy nor visual.npy: nothing is attached; use --indices {attach / 'keep.npy'}")
     elif a.indices:
         i.keep = common.load_indices(a.indices, len(d.labels), d.labels, d.num_classes)
+        common.check_origin(a.indices, d)
     i.labels = d.labels[i.keep]
     if a.weights:
+        common.check_origin(a.weights, d)
         w = np.array(common.load_npy(a.weights, f"class weights, float32 ({d.num_classes},)", (d.num_classes,), "f"), dtype=np.float64)
         if not np.isfinite(w).all() or (w < 0).any() or w.sum() == 0:
             raise common.UserError(f"{a.weights}: weights must be finite, not negative and not all zero; run reweight.py again")
@@ -204,7 +206,8 @@ def preview(ema, process, settings, device, path, seed, per_class=8):
     common.save_grid(path, x.reshape(rows, per_class, *x.shape[1:]))
 
 
-def loss_plot(stats, path):
+def loss_plot(stats, path, constant):
+    """loss.png; constant: the cosine that one constant vector reaches, which the alignment has to beat."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib.figure import Figure
@@ -214,6 +217,7 @@ def loss_plot(stats, path):
     left.plot(steps, [s["diffusion"] for s in stats], label="diffusion loss")
     if "align" in stats[-1]:
         left.plot(steps, [s["align"] for s in stats], label="alignment loss (-cosine)")
+        left.axhline(-constant, color="C1", ls=":", label=f"one constant vector ({-constant:.2f})")
         left.legend()
     left.set(xlabel="step", ylabel="loss, pixel mean", title="training loss", ylim=None if "align" in stats[-1] else (0, None))
     for k in range(0, 10, 3):
@@ -298,14 +302,14 @@ def train(a, i, stage, device):
         if projector is not None:
             projector.load_state_dict(state["projector"])
         optimizer.load_state_dict(state["optimizer"]), scaler.load_state_dict(state["scaler"])
+        steps_left(stage.out / "last.pt", a.steps)
         start, images_seen, seconds, skipped_before = state["step"], state["images_seen"], state["seconds"], state["skipped"]
         common.log(f"resuming at step {start:,}")
-        if start > a.steps:
-            raise common.UserError(f"{stage.out / 'last.pt'}: has {start} steps already; --steps {a.steps} is fewer, choose another --out")
         del state
     logger.resume(start)
     images = Rows(source, i.keep, device, device_budget(device))
     visual = Rows(i.visual, np.arange(M), device, device_budget(device)) if i.visual is not None else None
+    constant = mean_token_cosine(i.visual[:4096]) if visual else None
     labels = torch.from_numpy(i.labels).to(device)
     counts = torch.from_numpy(np.bincount(i.labels, minlength=d.num_classes)).double()
     resample = i.weights is not None and a.reweight_mode == "resample"
@@ -313,7 +317,8 @@ def train(a, i, stage, device):
     class_weight = None if i.weights is None or resample else i.weights.float().to(device)
     wrapped = torch.compile(net) if a.compile else net
     if common.world() > 1:
-        wrapped = nn.parallel.DistributedDataParallel(wrapped, device_ids=[device.index] if device.type == "cuda" else None)
+        wrapped = nn.parallel.DistributedDataParallel(wrapped, broadcast_buffers=False,          # the text table never changes
+                                                      device_ids=[device.index] if device.type == "cuda" else None)
     lo, hi = B * common.rank() // common.world(), B * (common.rank() + 1) // common.world()
     micro, stop, bad = (hi - lo) // a.accumulate, [], torch.zeros(2, dtype=torch.int64, device=device)      # bad: in a row, in all
     bad[1] = skipped_before
@@ -329,6 +334,8 @@ def train(a, i, stage, device):
     n_params = sum(p.numel() for p in params if p.requires_grad)
     common.log(f"{a.model} {n_params / 1e6:.2f} M parameters, {a.process}, {M:,} images, {a.steps:,} steps of {B} = {a.steps * B / M:,.1f} effective epochs, {device}, "
                f"amp {a.amp}, each checkpoint about {n_params * 16 / 2**20 + 1:,.0f} MB in {stage.out}")
+    if visual:
+        common.log(f"alignment: one constant vector reaches the cosine {constant:.3f}; less than that has learned nothing")
     if a.steps > start and images.resident is False:
         common.log("the images do not fit beside the network: they are read from disk ahead of each step")
     bar, clock, first_log = common.progress(total=a.steps, initial=start, desc=str(stage.out)), time.time(), None
@@ -370,7 +377,7 @@ def train(a, i, stage, device):
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(net.parameters(), a.grad_clip or math.inf)        # after unscaling
         scaler.step(optimizer)
-        scaler.update()
+        scaler.update(None if a.amp == "fp16" else 1.0)               # only fp16 needs another scale after a bad step
         optimizer.zero_grad(set_to_none=True)
         ema_update(ema_params, params, a.ema, step)
         finite = norm.isfinite()
@@ -379,7 +386,8 @@ def train(a, i, stage, device):
         logger.sums[23] += 1 * finite
         images_seen, rows = images_seen + B, ahead
         bar.update()
-        done, last, leave = step + 1, step + 1 == a.steps, any_rank(stop)
+        done, last = step + 1, step + 1 == a.steps
+        leave = any_rank(stop) if common.world() == 1 or last or done % 10 == 0 else False        # asking the other ranks waits for the device
         saving = last or leave or a.checkpoint_every and done % a.checkpoint_every == 0  # a log line with each checkpoint: a resume loses no sums
         if done % a.log_every == 0 or saving or (device.type == "cpu" or done % MAX_BAD_STEPS == 0) and bad[0] >= MAX_BAD_STEPS:
             spent = seconds + time.time() - clock
@@ -410,10 +418,18 @@ def train(a, i, stage, device):
     if device.type == "cuda":
         common.log(f"peak device memory {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GB")
     if main and logger.rows:
-        loss_plot(logger.rows, stage.out / "loss.png")
+        loss_plot(logger.rows, stage.out / "loss.png", constant)
     if (spent := logger.rows[-1]["seconds"] if logger.rows else 0) > 0:
         common.log(f"{images_seen:,} images in {spent:,.1f} s, diffusion loss {logger.rows[-1]['diffusion']:.4f}, {int(bad[1])} steps skipped")
     return {"train_seconds": spent, "images_seen": images_seen, "epochs": images_seen / M, "images_kept": M, "parameters": n_params, "skipped": int(bad[1])}
+
+
+def steps_left(checkpoint, steps):
+    """Steps that a finished run still lacks; the number may grow, not shrink."""
+    done = common.load_pt(checkpoint)["step"]
+    if done > steps:
+        raise common.UserError(f"{checkpoint}: has {done} steps already, --steps {steps} is fewer; choose another --out")
+    return steps - done
 
 
 def any_rank(stop):
@@ -476,9 +492,10 @@ def main(argv=None):
     i = load_inputs(a)
     settings_of(a, i)
     free = ["checkpoint_every", "sample_every", "log_every", "flips_asked"] + ["steps"] * (a.schedule == "constant")
-    inputs = {"data": i.data.info, "indices": a.indices, "weights": a.weights, "init": a.init, "attach": Path(a.attach) / "attach.args.json" if a.attach else None}
+    attached = {f"attach_{n}": Path(a.attach) / f"{n}.npy" for n in ("keep", "text", "visual") if a.attach and (Path(a.attach) / f"{n}.npy").exists()}
+    inputs = {"data": i.data.info, "indices": a.indices, "weights": a.weights, "init": a.init, **attached}
     stage = common.Stage("train", a.out, a, inputs, ("last.pt", "loss.png"), free, a.overwrite,
-                         ready=lambda: common.load_pt(Path(a.out) / "last.pt")["step"] >= a.steps)
+                         ready=lambda: steps_left(Path(a.out) / "last.pt", a.steps) == 0)
     if a.overwrite and common.rank() == 0:
         for old in [*stage.out.glob("step_*.pt"), *stage.out.glob("samples_*.png"), *(stage.out / n for n in ("last.pt", "stats.jsonl", "loss.png") if (stage.out / n).exists())]:
             old.unlink()

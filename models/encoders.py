@@ -81,7 +81,8 @@ class Encoder(nn.Module):
         x = x.expand(-1, 3, -1, -1) if (x.shape[1], c) == (1, 3) else x
         if x.shape[1] != c:
             raise ValueError(f"encoder {self.name} was made for {c} colour channels, the images have {x.shape[1]}; use another encoder or weights")
-        with torch.autocast(self.device.type, enabled=False):
+        # fp32 means fp32: neither autocast nor TF32 convolutions, which cuDNN takes by default
+        with torch.autocast(self.device.type, enabled=False), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             if self.spec.size:
                 x = F.interpolate(x, (self.spec.size, self.spec.size), mode="bilinear" if self.name == "inception" else "bicubic",
                                   antialias=self.name == "clip")
@@ -314,7 +315,7 @@ class Ddae(nn.Module):
 
     Every image meets the same noise, so a feature depends on its image alone; the null class, so labels do not leak into it.
     """
-    U = 0.05                                                          # [ours] time of the noised images, 0 data .. 1 noise
+    U = 0.05                                                          # our choice time of the noised images, 0 data .. 1 noise
 
     def __init__(self, state):
         super().__init__()

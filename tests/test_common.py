@@ -328,3 +328,34 @@ def test_save_grid_places_every_picture(tmp_path):
     for i in range(2):
         for j in range(3):
             assert np.array_equal(sheet[i * 5 + 1:i * 5 + 5, j * 5 + 1:j * 5 + 5], x[i, j, ..., 0])
+
+
+def test_files_of_another_data_set_are_refused(tiny_data, tmp_path):
+    """Another set may have as many images: only the record beside the file tells."""
+    d = common.open_data(tiny_data)
+    np.save(tmp_path / "keep.npy", np.arange(5))
+    common.check_origin(tmp_path / "keep.npy", d)                     # nobody says where it is from: the user's own
+    record = tmp_path / "prune.args.json"
+    record.write_text(json.dumps({"inputs": {"data": d.info["sha256"]}}))
+    common.check_origin(tmp_path / "keep.npy", d)
+    record.write_text(json.dumps({"inputs": {"data": "0" * 64}}))
+    with pytest.raises(common.UserError, match="another data set than .*tiny"):
+        common.check_origin(tmp_path / "keep.npy", d)
+
+
+def test_single_process(monkeypatch):
+    common.single_process("prune.py")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(common.UserError, match="prune.py runs in one process"):
+        common.single_process("prune.py")
+
+
+def test_the_scale_of_fp32_does_not_decay():
+    """110 skipped steps in a long run would halve a scale of 1 into underflow; only fp16 has a use for backing off."""
+    net = torch.nn.Linear(2, 1)
+    optimizer, scaler = common.optimizer_of(net, 1e-3, torch.device("cpu"), "bf16")
+    for _ in range(3):
+        scaler.scale(net(torch.full((1, 2), torch.nan)).sum()).backward()
+        scaler.unscale_(optimizer), scaler.step(optimizer), scaler.update(1.0)
+        optimizer.zero_grad()
+    assert scaler.get_scale() == 1 and all(p.isfinite().all() for p in net.parameters())

@@ -34,7 +34,7 @@ def fast(monkeypatch):
     """Pictures cost more than these runs; the tests that want them ask for the real ones."""
     torch.set_num_threads(1)
     monkeypatch.setattr(train, "preview", lambda *a, **k: None)
-    monkeypatch.setattr(train, "loss_plot", lambda rows, path: path.write_bytes(b""))
+    monkeypatch.setattr(train, "loss_plot", lambda rows, path, constant: path.write_bytes(b""))
 
 
 def argv(data, out, *extra, **flags):
@@ -139,9 +139,9 @@ def test_more_steps_continue_a_finished_run_unless_the_schedule_forbids(tiny_dat
     longer = run(tiny_data, tmp_path / "b", steps=8, sample_every=3)       # free flags may differ as well
     assert same_state(straight, longer) and stats(tmp_path / "a") == stats(tmp_path / "b") and "nothing to do" not in capsys.readouterr().out
     before = {p.name: p.read_bytes() for p in (tmp_path / "b").iterdir()}
-    for steps in (8, 5):
-        run(tiny_data, tmp_path / "b", steps=steps)
-        assert "nothing to do" in capsys.readouterr().out
+    run(tiny_data, tmp_path / "b", steps=8)
+    assert "nothing to do" in capsys.readouterr().out
+    assert "has 8 steps already, --steps 5 is fewer" in refused(capsys, tiny_data, tmp_path / "b", fresh=False, steps=5)
     assert before == {p.name: p.read_bytes() for p in (tmp_path / "b").iterdir()}
     run(tiny_data, tmp_path / "c", schedule="cosine", steps=2)
     assert "--steps = 2, now 3" in refused(capsys, tiny_data, tmp_path / "c", schedule="cosine", steps=3, fresh=False)

@@ -1,0 +1,68 @@
+"""run_all.sh as a user runs it, with tiny sizes, in a copy of the repository."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+RUNS = ["full", "random", "pruned", "pruned-dro", "random-attach", "d2c-select", "d2c-select-attach"]
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """The repository without its environment and runs, in a folder whose name has a space."""
+    there = tmp_path_factory.mktemp("kit") / "lean diffusion"
+    shutil.copytree(ROOT, there, ignore=shutil.ignore_patterns(".venv", "runs", ".git", "__pycache__", "digits", "cifar10"))
+    return there
+
+
+def run_all(there, *args, **sizes):
+    """(exit code, all output); python3 is the interpreter of these tests."""
+    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", **sizes}
+    env.pop("PYTHONPATH")
+    p = subprocess.run(["bash", "run_all.sh", *args], cwd=there, env=env, capture_output=True, text=True, timeout=900)
+    return p.returncode, p.stdout + p.stderr
+
+
+def test_unknown_input_is_one_line(copy):
+    code, out = run_all(copy, "no_such_folder")
+    assert code == 2 and "no_such_folder" in out and len(out.strip().splitlines()) == 1 and not (copy / "runs").exists()
+
+
+@pytest.mark.slow
+def test_digits_from_nothing_to_the_report_and_again(copy):
+    sizes = dict(STEPS="12", NUM_SAMPLES="60", DRO="--eta 0.05 --steps 12 --batch-size 8 --burn-in 2", DEVICE="cpu")
+    code, out = run_all(copy, **sizes)
+    assert code == 0, out[-3000:]
+    report = (copy / "runs/digits/report/report.md").read_text(encoding="utf-8")
+    assert [line.split("|")[1].strip() for line in report.splitlines() if line.startswith("|")][2:9] == RUNS
+    for name in ("frontier.png", "per_class.png", "samples.png", "nearest.png"):
+        assert name in report and (copy / "runs/digits/report" / name).stat().st_size > 2000
+    kept = {r: json.loads((copy / f"runs/digits/{r}/train.args.json").read_text())["images_kept"] for r in RUNS}
+    assert kept == {r: 1500 if r == "full" else 150 for r in RUNS}   # equal budgets: each comparison changes one thing
+    assert np.array_equal(np.load(copy / "runs/digits/random/prune/keep.npy"), np.load(copy / "runs/digits/random-attach/attach/keep.npy"))
+    stamps = {f: f.stat().st_mtime_ns for f in copy.glob("runs/digits/*/*.pt")}
+    code, again = run_all(copy, **sizes)                              # the same command: everything stands
+    assert code == 0 and again.count("nothing to do") >= 20 and stamps == {f: f.stat().st_mtime_ns for f in copy.glob("runs/digits/*/*.pt")}
+
+
+@pytest.mark.slow
+def test_a_folder_of_pictures(copy, tmp_path):
+    """Two budgets, each with its own random row, and D2C beside its own; a folder whose name has a space; two processes."""
+    rng = np.random.default_rng(0)
+    for c in ("cat", "dog"):
+        (tmp_path / "my pets" / c).mkdir(parents=True)
+        for i in range(20):
+            Image.fromarray(rng.integers(0, 120, (16, 16, 3)).astype(np.uint8) + (100 if c == "cat" else 0)).save(tmp_path / f"my pets/{c}/{i}.png")
+    code, out = run_all(copy, str(tmp_path / "my pets"), STEPS="3", NUM_SAMPLES="24", PER_CLASS="3", KEEP="0.3 0.5", MODEL="unet-tiny", DEVICE="cpu", NPROC="2",
+                        DRO="--eta 0.1 --steps 4 --batch-size 4 --burn-in 1", SAMPLER="--steps 3 --cfg 1.5")
+    assert code == 0, out[-3000:]
+    table = (copy / "runs/my pets/report/report.md").read_text(encoding="utf-8")
+    for run in ("full", "random", "random-0.5", "pruned", "pruned-0.5", "pruned-dro", "pruned-dro-0.5", "d2c-random", "random-attach", "d2c-select", "d2c-select-attach"):
+        assert f"| {run} |" in table
