@@ -10,7 +10,8 @@ Before anyone trains it prints how far the ranking repeats under other noise, an
 --select random  the images that prune.py --score random takes with the same seed. all: everything (with dinov2_vitb14: the REPA baseline).
 
 Reads   DATA/                  images.npy or latents.npy (the posterior mean), labels.npy, classes.txt
-        --reference CKPT       diffusion model that scores;  --difficulty FILE  float (N,), made earlier;  --indices keep.npy  int64 (M,)
+        --reference CKPT       diffusion model that scores, of train.py or --official dit|sit;  --difficulty FILE  float (N,), made earlier
+        --indices keep.npy     int64 (M,), instead of selecting
 Writes  OUT/keep.npy           int64 (M,), sorted;  OUT/difficulty.npy float32 (N,);  OUT/difficulty.png, OUT/montage.png (easy, middle, hard)
         OUT/text.npy           float16 (K, L, d);  OUT/text_mask.npy bool (K, L)
         OUT/visual.npy         float16 (M, T, d), row j belongs to keep[j]; (M, 2, T, d) with --flips, the mirrored image second
@@ -88,10 +89,11 @@ def repeat_correlation(s, again, labels):
 
 
 # ---------------------------------------------------------------------------------------------- inputs
-def load_reference(path, d):
-    """(model, process, latent scale or None) of a checkpoint that fits the data folder."""
-    state, model, process = common.open_checkpoint(path)
-    args = state["args"] if isinstance(state.get("args"), dict) else {}
+def load_reference(path, d, official=None):
+    """(model, process, latent scale or None) of a checkpoint that fits the data folder. Official weights ('dit', 'sit') name no classes: theirs are
+    taken to be in the order of the folder."""
+    state, model, process = common.open_checkpoint(path, official)
+    args = {"latent_scale": 0.18215} if official else state["args"]                           # that of Stable Diffusion's VAE, as published
     want, has, scale = (model.channels, model.size, model.size), {}, None                     # (C, H, W)
     if d.images is not None:
         has["images"] = (d.images.shape[3], *d.images.shape[1:3])
@@ -137,7 +139,7 @@ def check_inputs(a):
             if i.earlier.get("inputs", {}).get("data") != d.info["sha256"]:
                 raise common.UserError(f"{a.difficulty}: was made from another data set than {a.data}; score this one with --reference")
     elif a.scoring:
-        i.reference = load_reference(a.reference, d)
+        i.reference = load_reference(a.reference, d, a.official)
     with common.user_errors():
         i.text = minilm_tokens(d.classes) if a.text == "minilm" else text_file(Path(a.text), d) if a.text.endswith(".npy") else None
     return i
@@ -360,6 +362,8 @@ def parse_args(argv=None):
     p.add_argument("--data", type=Path, required=True, help="data folder of stage 0")
     p.add_argument("--out", type=Path, required=True, help="output folder")
     p.add_argument("--reference", type=Path, help="checkpoint of the diffusion model that scores, and whose maps --visual ddae attaches")
+    p.add_argument("--official", choices=("dit", "sit"), help="--reference holds official weights of this kind; to be said, as names and shapes are "
+                   "the same in both, but DiT predicts the noise and SiT a velocity in reversed time")
     p.add_argument("--difficulty", type=Path, help="difficulty.npy (N,) made earlier, instead of scoring")
     p.add_argument("--select", choices=SELECT, help="which images of each class; default interval")
     p.add_argument("--per-class", type=common.count, help="images per class (IPC)")
@@ -397,6 +401,10 @@ def check_flags(a, p):
     a.scoring = a.select in ("interval", "easy", "medium", "hard")
     if a.scoring and not (a.reference or a.difficulty):
         p.error(f"--select {a.select} needs --reference CHECKPOINT, a diffusion model that scores, or --difficulty FILE")
+    if a.official and not a.reference:
+        p.error(f"--official {a.official} says what --reference holds; give --reference CHECKPOINT, or leave it out")
+    if a.official and a.visual == "ddae" and not a.visual_weights:
+        p.error("--visual ddae takes its maps from a checkpoint of train.py, not from --official weights; give --visual-weights CHECKPOINT")
     if a.visual == "ddae" and not a.visual_weights:
         a.visual_weights = a.reference or p.error("--visual ddae needs --visual-weights CHECKPOINT or --reference CHECKPOINT")
     if a.judge == "ddae" and not a.judge_weights:

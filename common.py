@@ -371,12 +371,13 @@ def open_data(folder, pixels=True):
     return d
 
 
-def open_checkpoint(path):
-    """(checkpoint dict, model of its EMA in eval mode, process); errors name the file."""
+def open_checkpoint(path, official=None):
+    """(checkpoint dict, model of its EMA in eval mode, process) of train.py, or of official weights where official is 'dit' or 'sit'; errors name the
+    file."""
     import models
-    state = load_pt(path, "a checkpoint of train.py")
+    state = load_pt(path, "official DiT/SiT weights" if official else "a checkpoint of train.py")
     try:
-        return state, *models.from_checkpoint(state)
+        return state, *(models.from_official(state, official) if official else models.from_checkpoint(state))
     except ValueError as e:
         raise UserError(f"{path}: {e}") from e
 

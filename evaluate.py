@@ -28,7 +28,8 @@ DRAWN_WITH = ("sampler", "steps", "cfg", "cfg_interval", "labels", "seed", "eta"
 
 # ---------------------------------------------------------------------------------------------- samples
 def read_samples(path):
-    """(images uint8 (n, H, W, C), labels (n,) or None) from .npy, .npz (arr_0 / images, arr_1 / labels) or a folder of pictures, any depth and case."""
+    """(images uint8 (n, H, W, C), labels (n,) or None) from .npy, .npz (arr_0 / images, arr_1 / labels) or a folder of pictures
+    at any depth."""
     path = Path(path)
     labels = None
     if path.is_dir():
@@ -181,7 +182,8 @@ def figures(run, ref, a):
     pick = lambda x: x[np.sort(np.random.default_rng([a.seed, 1]).choice(len(x), m, replace=False))]     # noqa: E731
     real, fake, device = pick(ref.features), pick(z), enc.device
     if m > 5:
-        out.update(metrics.precision_recall(real, fake, 3, device), **metrics.density_coverage(real, fake, 5, device), neighbours_n=m, precision_k=3, density_k=5)
+        out.update(metrics.precision_recall(real, fake, 3, device), neighbours_n=m, precision_k=3)
+        out.update(metrics.density_coverage(real, fake, 5, device), density_k=5)
     return out
 
 
@@ -250,21 +252,43 @@ def trajectory(run, ref, a, device):
 
 
 # ---------------------------------------------------------------------------------------------- the runs
-def judges_used(folder):
-    """Names of the encoders that chose the kept set of `folder` (of prune.py or attach.py), or that it is aligned to: no fair judges of it."""
+def judges_used(folder, aligned=True):
+    """Names of the encoders that chose the kept set of `folder` (of prune.py or attach.py), or that a run is aligned to: no fair judges of it.
+
+    aligned: the run trained with the folder's attachments, not only on its kept set. Files of scores or features that another call made are followed.
+    """
     used = set()
     if (folder / "attach.args.json").exists():
         made = common.load_json(folder / "attach.args.json", "the record of attach.py")["args"]
-        used |= {made.get("visual")} - {None, "none"}
+        if aligned:
+            used |= {made.get("visual")} - {None, "none"}
+        if made.get("select") in ("interval", "easy", "medium", "hard"):
+            used |= scorers(made, "difficulty", folder) if made.get("difficulty") else {"ddae"} if made.get("reference") else set()
         if made.get("indices"):
-            used |= judges_used(Path(made["indices"]).parent)
+            used |= judges_used(Path(made["indices"]).parent, False)
     if (folder / "prune.args.json").exists():
         made = common.load_json(folder / "prune.args.json", "the record of prune.py")["args"]
+        if made.get("scores"):
+            used |= scorers(made, "scores", folder)
         if made.get("score") in ("el2n", "ccs"):
             used.add("scratch")                                       # other seeds, but the same network on the same labels
-        elif made.get("score") not in (None, "random") and not made.get("features"):
-            used.add(made["surrogate"])                               # random scores name a surrogate too, and never look at it
+        elif made.get("score") not in (None, "random"):               # random scores name a surrogate too, and never look at it
+            used |= scorers(made, "features", folder) if made.get("features") else {made["surrogate"]}
     return used
+
+
+def scorers(made, flag, folder):
+    """The networks behind the file of --features, --scores or --difficulty, as the records beside that file tell."""
+    home = Path(made[flag]).parent
+    prune, attach = home / "prune.args.json", home / "attach.args.json"
+    if home.resolve() == folder.resolve():                            # its own output: the first call's record is gone
+        return set()
+    if flag == "features":                                            # whatever that call then scored with
+        return {common.load_json(prune, "the record of prune.py")["args"]["surrogate"]} if prune.exists() else set()
+    if attach.exists() and Path(made[flag]).name == "difficulty.npy":            # scored whatever that call selected by
+        origin = common.load_json(attach, "the record of attach.py")["args"]
+        return scorers(origin, "difficulty", home) if origin.get("difficulty") else {"ddae"}
+    return judges_used(home, False)
 
 
 def open_run(out, samples, d, a):
@@ -298,15 +322,21 @@ def open_run(out, samples, d, a):
         if record["seconds"] is None:
             raise common.UserError(f"{out}: sample.py has not finished there; run its command again")
         if record.get("data_sha256") not in (None, d.info["sha256"]):
-            raise common.UserError(f"{out}: was trained on {record.get('data')}, but --data {a.data} is {d.info['name']}; evaluate on its own data set")
+            raise common.UserError(f"{out}: was trained on {record.get('data')}, but --data {a.data} is {d.info['name']}; "
+                                   "evaluate on its own data set")
         run.protocol = {k: record["args"][k] for k in DRAWN_WITH} | {
             "checkpoint_step": record.get("step"), "weights": "EMA", "sample_seconds": record["seconds"]}
     if (run.out / "train.args.json").exists():
-        record = common.load_json(run.out / "train.args.json", "the record of train.py")["args"]
-        source = record.get("indices") or (Path(record["attach"]) / "keep.npy" if record.get("attach") else None)
+        record = common.load_json(run.out / "train.args.json", "the record of train.py")
+        made = record["args"]
+        source = made.get("indices") or (Path(made["attach"]) / "keep.npy" if made.get("attach") else None)
         run.keep, run.known = common.load_indices(source, len(d.labels)) if source else None, True
         if source:
-            run.aligned = judges_used(Path(source).parent)
+            trained_on = record.get("inputs", {}).get("indices" if made.get("indices") else "attach_keep")
+            if trained_on not in (None, common.sha256(source)):
+                raise common.UserError(f"{source}: the kept set has changed since {out} was trained on it; "
+                                       "train the run again, or bring the file back")
+            run.aligned = judges_used(Path(source).parent, bool(made.get("attach")))
     return run
 
 
@@ -315,8 +345,9 @@ def settings(run, name, weights, a, d, full):
     own = weights or (d.folder / "scratch.pt" if name == "scratch" else None)
     digest = lambda path: common.sha256(path) if path and Path(path).is_file() else path and str(path)   # noqa: E731
     return {"num": len(run.images), "seed": a.seed, "bootstrap": a.bootstrap, "audit": a.audit_samples if a.audit else 0, "data": d.info["sha256"],
-            "weights": digest(own), "reference_stats": digest(a.reference_stats), "reference_max": a.reference_max, "labels": array_hash(run.labels),
-            "kept": array_hash(run.keep), "baseline": full.sha256 if full and run.keep is not None else None}
+            "heldout": d.info.get("sha256_test"), "weights": digest(own), "reference_stats": digest(a.reference_stats),
+            "reference_max": a.reference_max, "labels": array_hash(run.labels), "kept": array_hash(run.keep),
+            "baseline": full.sha256 if full and run.keep is not None else None}
 
 
 def array_hash(x):
@@ -376,14 +407,16 @@ def evaluate(a, d, judges, full, device):
 
 
 def tell(run, row, memo):
-    parts = [f"{row['distance']} {row['fd']:.3f} (n={row['n']:,}; held-out images {row['fd_heldout']:.3f}, n={row['fd_heldout_n']})" if row["fd_heldout"] is not None
-             else f"{row['distance']} {row['fd']:.3f} (n={row['n']:,})"]
+    heldout = f"; held-out images {row['fd_heldout']:.3f}, n={row['fd_heldout_n']}" if row["fd_heldout"] is not None else ""
+    parts = [f"{row['distance']} {row['fd']:.3f} (n={row['n']:,}{heldout})"]
     if row.get("fd_subset") is not None:
         parts.append(f"the subset itself {row['fd_subset']:.3f}")
     if "per_class" in row:
-        parts.append(f"worst class {row['per_class']['worst']}: {row['per_class']['worst_fd']:.2f} (n={row['per_class']['n']}, real images {row['per_class']['real_mean']:.2f})")
+        c = row["per_class"]
+        parts.append(f"worst class {c['worst']}: {c['worst_fd']:.2f} (n={c['n']}, real images {c['real_mean']:.2f})")
     if "precision" in row:
-        parts.append(f"precision {row['precision']:.3f}, recall {row['recall']:.3f}, density {row['density']:.3f}, coverage {row['coverage']:.3f} (n={row['neighbours_n']:,})")
+        parts.append(f"precision {row['precision']:.3f}, recall {row['recall']:.3f}, density {row['density']:.3f}, "
+                     f"coverage {row['coverage']:.3f} (n={row['neighbours_n']:,})")
     parts.append(f"KID {row['kid']['mean']:.4f} +- {row['kid']['standard_error']:.4f} (subsets of {row['kid']['subset_size']})")
     if "read_as_labelled" in row:
         parts.append(f"read as labelled {row['read_as_labelled']:.1%}")
@@ -407,7 +440,8 @@ def parse_args(argv=None):
     p.add_argument("--reference-stats", metavar="FILE.npz", help="take mu and sigma from there instead of the data folder (mu/sigma or m2/s2)")
     p.add_argument("--reference-max", type=common.count, default=50_000, help="most training images for neighbours, kernels and classes")
     p.add_argument("--num", type=common.count, help="use the first so many samples")
-    p.add_argument("--bootstrap", type=common.number(int, low=0, high=10_000), default=0, help="resamplings for an interval of the distance (it is biased upwards)")
+    p.add_argument("--bootstrap", type=common.number(int, low=0, high=10_000), default=0,
+                   help="resamplings for an interval of the distance (it is biased upwards)")
     p.add_argument("--no-audit", dest="audit", action="store_false", help="leave the memorisation audit out")
     p.add_argument("--audit-samples", type=common.count, default=10_000, help="most samples in the audit")
     p.add_argument("--trajectory", action="store_true", help="score every kept checkpoint of the runs instead")
@@ -428,6 +462,7 @@ def parse_args(argv=None):
 
 @common.command
 def main(argv=None):
+    common.single_process("evaluate.py")
     a = parse_args(argv)
     device = common.get_device(a.device)
     d = common.open_data(a.data)

@@ -19,8 +19,10 @@ import numpy as np
 
 import common
 
-# Names that run_all.sh gives its runs. The five answers look for these, and for them with a budget behind (pruned-0.4); others stand in the table alone.
-FULL, RANDOM, RANDOM_ATTACH, PRUNED, DRO, SELECT, D2C = "full", "random", "random-attach", "pruned", "pruned-dro", "d2c-select", "d2c-select-attach"
+# Names that run_all.sh gives its runs. The five answers look for these, and for them with a budget behind (pruned-0.4); others stand in the
+# table alone.
+FULL, RANDOM, RANDOM_ATTACH, SELECT, D2C = "full", "random", "random-attach", "d2c-select", "d2c-select-attach"
+PRUNED, DRO, DRO_RESAMPLE = "pruned", "pruned-dro", "pruned-dro-resample"
 D2C_RANDOM = "d2c-random"                                             # where D2C keeps another number of images than pruning
 
 
@@ -30,47 +32,119 @@ def record_of(folder, script):
     return common.load_json(file, f"the record of {script}.py") if file.exists() else None
 
 
-def preparation(record):
-    """{what: seconds} of all that had to be computed before a training run could start, each thing once: features, scores, weights, attachments, and the
-    training of every network that these used."""
-    cost, args = {}, record["args"]
+class Preparation:
+    """What had to be computed before a training run could start, each thing once; seconds None = unknown. Paths are as the records name them."""
 
-    def trained(checkpoint, what):
-        made = record_of(Path(checkpoint).parent, "train") if checkpoint else None
-        if made:
-            cost[f"{what} ({Path(checkpoint).parent.name})"] = made["train_seconds"]
+    def __init__(self, record, run):
+        self.run, self.data, self.cost, self.visited = run, record["args"]["data"], {}, set()
+        args = record["args"]
+        for path, what in ((args.get("indices"), "kept set"), (args.get("weights"), "class weights"), (args.get("attach"), "attachments")):
+            if path:
+                self.follow(path, what, attached=path == args.get("attach"))
+        if args.get("init"):
+            self.network(args["init"], "start weights")
 
-    def scratch(name):
-        file = Path(args["data"]) / "scratch.pt"
-        if name == "scratch" and file.exists():
-            cost["scratch network"] = float(common.load_pt(file).get("seconds", 0))
+    def need(self, path):
+        if not Path(path).exists():
+            raise common.UserError(f"{path}: no such file, but {self.run} was prepared with it; "
+                                   "run report.py from the folder where the runs were made")
+        return Path(path)
 
-    for path in filter(None, (args.get("indices"), args.get("weights"), args.get("attach"), args.get("init"))):
-        folder = Path(path) if Path(path).is_dir() else Path(path).parent
-        if made := record_of(folder, "prune"):
-            cost["features and scores"] = sum(made.get(k) or 0 for k in ("seconds_features", "seconds_scores")) or made["seconds"]
-            if made["args"].get("score") not in (None, "random", "el2n", "ccs"):                    # these look at no surrogate (el2n trains its own)
-                scratch(made["args"].get("surrogate"))
-                trained(made["args"].get("weights"), "surrogate network")
-        if made := record_of(folder, "reweight"):
-            cost["DRO proxy"] = made["seconds"]
-            trained(made["args"].get("reference"), "reference network")
-        if made := record_of(folder, "attach"):
-            parts = {"difficulty": made.get("seconds_difficulty"), "attachments": (made.get("seconds_text") or 0) + (made.get("seconds_visual") or 0)}
-            cost.update({k: v for k, v in parts.items() if v and (k == "difficulty" or args.get("attach"))})
-            if made["args"].get("select") != "random" and made.get("seconds_difficulty"):
-                trained(made["args"].get("reference"), "scorer network")
-            if args.get("attach"):
-                scratch(made["args"].get("visual"))
-                if made["args"].get("visual") == "ddae":
-                    trained(made["args"].get("visual_weights") or made["args"].get("reference"), "visual encoder")
-                if made["args"].get("indices"):                       # attached to a subset that another stage chose
-                    cost.update(preparation({"args": {"data": args["data"], "indices": made["args"]["indices"]}}))
-        trained(args.get("init") if path == args.get("init") else None, "start weights")
-    seen = {}                                                         # a network that scored and aligned was trained once
-    for what, seconds in cost.items():
-        seen.setdefault(what[what.find("("):] if what.endswith(")") else what, (what, seconds))
-    return dict(seen.values())
+    def done(self, folder, script):
+        """The record of a stage that has finished, or None where it never ran."""
+        made = record_of(folder, script)
+        if made and made.get("seconds") is None:
+            raise common.UserError(f"{folder}: {script}.py has not finished there, but {self.run} was prepared with it; run its command again")
+        return made
+
+    def add(self, what, seconds, key):
+        """Of two figures for one thing the larger counts: a checkpoint at the end of training contains those before it."""
+        name, known = self.cost.get(key, (what, 0.0))
+        self.cost[key] = name, None if seconds is None or known is None else max(seconds, known)
+
+    def network(self, checkpoint, what):
+        """Training of a diffusion model up to this checkpoint."""
+        path = self.need(checkpoint)
+        if path.name == "last.pt" and (made := self.done(path.parent, "train")):
+            seconds = made["train_seconds"]
+        else:                                                         # step_*.pt: not what came after it
+            seconds = common.load_pt(path).get("seconds")
+        self.add(f"{what} ({path.parent.name})", seconds, path.parent.resolve())
+
+    def encoder(self, name, weights, what):
+        """Training of an encoder that this project trains; those of others count nothing."""
+        if name == "ddae":
+            self.network(weights, what)
+        elif name == "scratch":
+            file = self.need(weights or Path(self.data) / "scratch.pt")
+            self.add("scratch network", float(common.load_pt(file).get("seconds", 0)), file.resolve())
+
+    def follow(self, path, what, attached=False, features=False):
+        """The stage that wrote `path`, and the stages before it. attached: its attachments are used too; features: only its features are."""
+        path = self.need(path)
+        folder = path if path.is_dir() else path.parent
+        here = folder.resolve()
+        if (here, attached, features) in self.visited:
+            return
+        self.visited.add((here, attached, features))
+        prune, reweight, attach = (self.done(folder, script) for script in ("prune", "reweight", "attach"))
+        if prune:
+            self.pruned(prune, here, features)
+        if reweight:
+            self.add("DRO proxy", reweight["seconds"], (here, "proxy"))
+            self.network(reweight["args"]["reference"], "reference network")
+        if attach:
+            self.attached(attach, here, attached)
+        if not (prune or reweight or attach):                         # the user's own file
+            self.add(f"{what} ({path})", None, path.resolve())
+
+    def pruned(self, made, here, features):
+        args, extracted, scored = made["args"], made.get("seconds_features") or 0, made.get("seconds_scores") or 0
+        if features:
+            scored = 0
+        elif args.get("features"):                                    # its seconds_features are those of the file, where it knew them
+            if extracted and not record_of(Path(args["features"]).parent, "prune"):
+                self.need(args["features"])
+            else:
+                extracted = 0
+                self.follow(args["features"], "features", features=True)
+        if args.get("scores") and not features:
+            self.follow(args["scores"], "scores")
+        self.add("features and scores", extracted + scored or (0 if features or args.get("features") else made["seconds"]), (here, "prune"))
+        looked = args.get("score") not in (None, "random", "el2n", "ccs")           # these look at no surrogate (el2n trains its own)
+        if looked and not args.get("features"):
+            self.encoder(args.get("surrogate"), args.get("weights"), "surrogate network")
+
+    def attached(self, made, here, attached):
+        args, origin = made["args"], made["args"].get("difficulty")
+        if args.get("select") in ("interval", "easy", "medium", "hard"):
+            home = Path(origin).parent.resolve() if origin else here
+            self.add("difficulty", made.get("seconds_difficulty") or 0, (home, "difficulty"))
+            if origin:                                                # scored by an earlier call, with its reference
+                self.follow(origin, "difficulty")
+            else:
+                self.network(args["reference"], "scorer network")
+        if attached:
+            if seconds := (made.get("seconds_text") or 0) + (made.get("seconds_visual") or 0):
+                self.add("attachments", seconds, (here, "attachments"))
+            weights = args.get("visual_weights") or (args.get("reference") if args.get("visual") == "ddae" else None)
+            self.encoder(args.get("visual"), weights, "visual encoder")
+        if args.get("indices"):                                       # a subset that another stage chose
+            self.follow(args["indices"], "kept set")
+
+
+def preparation(record, run="the run"):
+    """{what: seconds} of all that had to be computed before a training run could start: features, scores, weights, attachments, and the training of
+    every network that these used. None: unknown."""
+    out = {}
+    for what, seconds in Preparation(record, run).cost.values():
+        out[what] = None if seconds is None or out.get(what, 0) is None else out.get(what, 0) + seconds
+    return out
+
+
+def total(cost):
+    """Seconds in all, None when a part is unknown."""
+    return None if None in cost.values() else sum(cost.values())
 
 
 def read_run(folder):
@@ -82,26 +156,32 @@ def read_run(folder):
     t = record_of(folder, "train")
     if t is None or t.get("seconds") is None:
         raise common.UserError(f"{folder}: no finished train.args.json; the report compares complete runs")
+    drawn, stands = m["protocol"].get("checkpoint_step"), t["images_seen"] // t["args"]["batch_size"]
+    if drawn not in (None, stands):
+        raise common.UserError(f"{folder}: samples are of step {drawn}, the run stands at {stands}; draw and evaluate again")
     if not (folder / "samples.npy").is_file():
         raise common.UserError(f"{folder / 'samples.npy'}: no such file; draw the samples again with sample.py --out {folder}")
     file = folder / "trajectory.json"
-    return SimpleNamespace(folder=folder, name=re.sub(r"-seed\d+$", "", folder.name), metrics=m, train=t, preparation=preparation(t),
+    return SimpleNamespace(folder=folder, name=re.sub(r"-seed\d+$", "", folder.name), metrics=m, train=t, preparation=preparation(t, folder),
                            trajectory=common.load_json(file, "points of evaluate.py") if file.exists() else None)
 
 
 def comparable(runs, judge):
     """One line for each setting in which runs differ although it moves the figures; differences that make the comparison void are refused."""
-    for what, value, remedy in (("data sets", lambda r: r.metrics["data"], "one report per data set"),
-                                ("versions of the data set", lambda r: r.metrics.get("data_sha256"), "evaluate all runs on one data folder"),
-                                ("networks", lambda r: r.metrics["encoders"][judge]["identity"], "run evaluate.py for all of them again, with the same weights"),
-                                ("references", lambda r: r.metrics["encoders"][judge]["reference"], "run evaluate.py for all of them with the same reference"),
-                                ("numbers of samples", lambda r: r.metrics["encoders"][judge]["n"], "a distance depends on n: draw or --num equally many")):
+    encoder = lambda r: r.metrics["encoders"][judge]                  # noqa: E731
+    for what, value, remedy in (
+            ("data sets", lambda r: r.metrics["data"], "one report per data set"),
+            ("versions of the data set", lambda r: r.metrics.get("data_sha256"), "evaluate all runs on one data folder"),
+            ("networks", lambda r: encoder(r)["identity"], "run evaluate.py for all of them again, with the same weights"),
+            ("references", lambda r: encoder(r)["reference"], "run evaluate.py for all of them with the same reference"),
+            ("numbers of samples", lambda r: encoder(r)["n"], "a distance depends on n: draw or --num equally many")):
         if what == "networks":
             for r in runs:
                 if judge not in r.metrics["encoders"]:
                     raise common.UserError(f"{r.folder}: no figures under encoder {judge}; run evaluate.py --runs {r.folder} --encoder {judge}")
         if other := next((r for r in runs if value(r) != value(runs[0])), None):
-            raise common.UserError(f"{runs[0].folder} and {other.folder} were measured on different {what} ({value(runs[0])}, {value(other)}); {remedy}")
+            raise common.UserError(f"{runs[0].folder} and {other.folder} were measured on different {what} ({value(runs[0])}, {value(other)}); "
+                                   f"{remedy}")
     out = []
     for k in ("sampler", "steps", "cfg", "cfg_interval", "labels"):
         got = {json.dumps(r.metrics["protocol"].get(k)): r.name for r in runs}
@@ -122,7 +202,8 @@ def use_trajectories(runs, judge):
         elif kept:
             notes.append(f"the trajectory of {r.folder.name} was scored by {kept['name']}, not by this report's judge {judge}: left out")
     if len({p["n"] for r in runs for p in r.trajectory}) > 1:
-        raise common.UserError(f"{runs[0].folder / 'trajectory.json'} and others hold points at different n; run evaluate.py --trajectory for all with one --trajectory-num")
+        raise common.UserError(f"{runs[0].folder / 'trajectory.json'} and others hold points at different n; run evaluate.py --trajectory for all "
+                               "with one --trajectory-num")
     return notes
 
 
@@ -130,15 +211,18 @@ def rows_of(runs, judge):
     """{run name: {figure: [one value per seed]}} in the order given."""
     table = {}
     for r in runs:
-        e, memo = r.metrics["encoders"][judge], (r.metrics.get("memorisation") or {}).get("pixels", {})
-        best = min((p["fd"] for p in r.trajectory), default=None)
-        values = dict(kept=r.train["images_kept"], steps=r.train["images_seen"] // r.train["args"]["batch_size"], epochs=r.train["epochs"], images_seen=r.train["images_seen"], fd=e["fd"],
-                      fd_subset=e.get("fd_subset"), worst=e.get("per_class", {}).get("worst_fd"), worst_n=e.get("per_class", {}).get("n"),
-                      precision=e.get("precision"), recall=e.get("recall"), density=e.get("density"), coverage=e.get("coverage"),
-                      read=e.get("read_as_labelled"), memo=memo.get("samples", {}).get("share"), memo_heldout=memo.get("heldout", {}).get("share"),
-                      memo_n=(r.metrics.get("memorisation") or {}).get("n"), memo_noise=memo.get("noise", {}).get("share"), memo_baseline=memo.get("baseline", {}).get("share"),
-                      ratio=memo.get("samples", {}).get("ratio", {}).get("share"), ratio_noise=memo.get("noise", {}).get("ratio", {}).get("share"), seconds=r.train["train_seconds"], preparation=sum(r.preparation.values()),
-                      fd_best=best, n=e["n"])
+        e, audit = r.metrics["encoders"][judge], r.metrics.get("memorisation") or {}
+        classes, memo = e.get("per_class", {}), audit.get("pixels", {})
+        share = lambda name, memo=memo: memo.get(name, {}).get("share")                         # noqa: E731
+        ratio = lambda name, memo=memo: memo.get(name, {}).get("ratio", {}).get("share")        # noqa: E731
+        values = {
+            "kept": r.train["images_kept"], "steps": r.train["images_seen"] // r.train["args"]["batch_size"], "epochs": r.train["epochs"],
+            "images_seen": r.train["images_seen"], "seconds": r.train["train_seconds"], "preparation": total(r.preparation),
+            "n": e["n"], "fd": e["fd"], "fd_subset": e.get("fd_subset"), "fd_best": min((p["fd"] for p in r.trajectory), default=None),
+            "worst": classes.get("worst_fd"), "worst_n": classes.get("n"), "read": e.get("read_as_labelled"),
+            **{k: e.get(k) for k in ("precision", "recall", "density", "coverage")},
+            "memo": share("samples"), "memo_heldout": share("heldout"), "memo_noise": share("noise"), "memo_baseline": share("baseline"),
+            "memo_n": audit.get("n"), "memo_side": memo.get("samples", {}).get("n"), "ratio": ratio("samples"), "ratio_noise": ratio("noise")}
         for k, v in values.items():
             table.setdefault(r.name, {}).setdefault(k, []).append(v)
     return table
@@ -159,6 +243,11 @@ def cell(values, form="{:.3g}"):
     """'16.2 ± 0.8', '16.2' for one seed, '-' for none."""
     m, s = mean(values), spread(values)
     return "-" if m is None else form.format(m) + (f" ± {form.format(s)}" if s is not None else "")
+
+
+def prepared(row):
+    """Mean seconds of preparation of a row of the table; None when that of a seed is unknown."""
+    return None if None in row["preparation"] else mean(row["preparation"])
 
 
 def difference(a, b):
@@ -196,7 +285,7 @@ def compare(a, b, who, whom, what="FD", at="at equal steps"):
 
 def family(name):
     """'pruned' for 'pruned-0.4': the run's name without its budget."""
-    return re.sub(r"-\d+(\.\d+)?$", "", name)
+    return re.sub(r"-(\d+\.?\d*|\.\d+)$", "", name)
 
 
 def versus(t, run, rival, who, whom, what="FD", key="fd"):
@@ -213,13 +302,18 @@ def rival_of(t, run, families=(RANDOM, D2C_RANDOM)):
 
 def answer_random(t):
     """Is it better than random?"""
-    out, titles = [], {PRUNED: "Pruning", DRO: "Pruning + DRO weights", SELECT: "D2C Select", D2C: "D2C Select + Attach"}
+    out = []
+    titles = {PRUNED: "Pruning", DRO: "Pruning + DRO weights", DRO_RESAMPLE: "Pruning + DRO resampling",
+              SELECT: "D2C Select", D2C: "D2C Select + Attach"}
     for run in t:
         if family(run) in titles and (rival := rival_of(t, run)):
             out.append(versus(t, run, rival, titles[family(run)] + run[len(family(run)):].replace("-", " "), rival))
-    for run in t:
-        if family(run) == DRO and (rival := rival_of(t, run, (PRUNED,))):
-            out.append(versus(t, run, rival, "DRO reweighting", "the same images unweighted", f"worst-class FD (n={t[run]['worst_n'][0]} a class)", "worst"))
+    for run in t:                                                     # DRO is meant for the worst class
+        for mine, other, who, whom in ((DRO, PRUNED, "DRO reweighting", "the same images unweighted"),
+                                       (DRO_RESAMPLE, PRUNED, "DRO resampling", "the same images unweighted"),
+                                       (DRO_RESAMPLE, DRO, "DRO resampling", "DRO weights in the loss")):
+            if family(run) == mine and (rival := rival_of(t, run, (other,))) and len({*t[run]["worst_n"], *t[rival]["worst_n"]}) == 1:
+                out.append(versus(t, run, rival, who, whom, f"worst-class FD (n={t[run]['worst_n'][0]} a class)", "worst"))     # (it depends on n)
     return [x for x in out if x]
 
 
@@ -240,20 +334,25 @@ def answer_memorising(t):
         if m is None:
             continue
         chance = 1 / math.sqrt(min(r["memo_n"]))                      # two standard errors of a share near one half; seeds share the held-out images
-        ratio, ratio_noise = mean(r["ratio"]), mean(r["ratio_noise"])
-        second = f"; far nearer to one of them than to the next 50: {percent(ratio)}, noisy copies {percent(ratio_noise)}" if ratio is not None and ratio_noise is not None else ""
+        ratio, ratio_noise, second = mean(r["ratio"]), mean(r["ratio_noise"]), ""
+        if ratio is not None and ratio_noise is not None:
+            second = f"; far nearer to one of them than to the next 50: {percent(ratio)}, noisy copies {percent(ratio_noise)}"
         if held is None:                                              # a copier cannot score 1 here: see models.metrics.matched_set_test
+            error = math.sqrt(0.25 / min(v for v in (*r["memo_n"], *r["memo_side"]) if v))          # of the samples, or of the few held-out images
             gap = noise - 0.5
-            verdict = ("has too few held-out images or samples to tell" if gap < 2 * chance else "copies" if m > 0.5 + max(gap / 2, 1.5 * chance) else
-                       "leans towards copying" if m > 0.5 + max(gap / 4, 1.5 * chance) else "shows no sign of copying")
+            verdict = ("has too few held-out images or samples to tell" if gap < 2 * error else
+                       "copies" if m > 0.5 + max(0.8 * gap, 2 * error) else
+                       "leans towards copying" if m > 0.5 + max(gap / 4, 1.5 * error) else "shows no sign of copying")
             out.append(f"{name} {verdict}: {m:.2f} of the samples lie nearer to training images than to held-out "
-                       f"ones (0.50 = none copied, {noise:.2f} = all of them noisy copies){second}")
+                       f"ones (0.50 = none copied, {noise:.2f} = all of them noisy copies, standard error {error:.2f}){second}")
             continue
         zero = max(held, base if base is not None else held)
-        verdict = ("copies" if m > (zero + noise) / 2 else "leans towards copying" if m > zero + max(0.1, chance) else "does not memorise beyond its controls")
+        verdict = ("copies" if m > (zero + noise) / 2 else
+                   "leans towards copying" if m > zero + max(0.1, chance) else "does not memorise beyond its controls")
         if abs(held - 0.5) > 0.1 and base is None or noise < zero + 0.2:
             verdict = "cannot be judged, its controls are off"
-        out.append(f"{name} {verdict}: {m:.2f} of the samples lie nearer to its own images than to equally many unseen ones (held-out images {held:.2f}"
+        out.append(f"{name} {verdict}: {m:.2f} of the samples lie nearer to its own images than to equally many unseen ones "
+                   f"(held-out images {held:.2f}"
                    + (f", samples of the full model {base:.2f}" if base is not None else "") + f", noisy copies {noise:.2f}){second}")
     return out
 
@@ -262,8 +361,10 @@ def answer_cost(t, reached):
     """What does preparation cost, and when does each run reach the full run's final FD?"""
     out = []
     for name, r in t.items():
-        train, prep = mean(r["seconds"]), mean(r["preparation"])
-        if prep > 0:
+        train, prep = mean(r["seconds"]), prepared(r)
+        if prep is None:
+            out.append(f"{name}: a file it was prepared with has no record of how it was made, so its preparation is unknown")
+        elif prep > 0:
             out.append(f"{name}: {prep:,.1f} s of preparation for {train:,.0f} s of training")
         if FULL not in reached or name not in reached:
             continue
@@ -272,27 +373,32 @@ def answer_cost(t, reached):
             seeds = "" if len(r["fd_best"]) < 2 else " in every seed"
             out.append(f"{name}: the full run's final FD (within 5 %) was not reached{seeds}; its best is {mean(r['fd_best']):.3g}")
             continue
-        out.append(f"{name}: within 5 % of the full run's final FD after {point['step']:,.0f} steps, {point['images_seen']:,.0f} images, {point['seconds']:,.0f} s"
-                   + (f" (speed-up {goal['seconds'] / max(point['seconds'], 1e-9):.2f}x, with preparation {goal['seconds'] / max(point['seconds'] + prep, 1e-9):.2f}x)"
-                      if name != FULL and goal else ""))
+        sped = ""
+        if name != FULL and goal:
+            sped = f"speed-up {goal['seconds'] / max(point['seconds'], 1e-9):.2f}x"
+            sped += "" if prep is None else f", with preparation {goal['seconds'] / max(point['seconds'] + prep, 1e-9):.2f}x"
+        out.append(f"{name}: within 5 % of the full run's final FD after {point['step']:,.0f} steps, {point['images_seen']:,.0f} images, "
+                   f"{point['seconds']:,.0f} s" + (f" ({sped})" if sped else ""))
     return out
 
 
 def answer_elsewhere(t, train):
     """Does it hold on another model or data set?"""
-    return [f"This report is {train['args']['model']} ({train['args']['process']}) on {train['data']}; read it beside the report of another --model or data set: "
-            "bash run_all.sh with MODEL=unet-tiny, or with another data set, writes one"]
+    return [f"This report is {train['args']['model']} ({train['args']['process']}) on {train['data']}; read it beside that of another data set "
+            "or network: MODEL=unet-tiny bash run_all.sh writes one"]
 
 
 def reach(runs, goal, within=0.05):
-    """{run name: first point of its trajectory, averaged over seeds, with FD <= (1 + within) goal, or None when a seed has none}; without trajectory: left out.
+    """{run name: first point of its trajectory, averaged over seeds, with FD <= (1 + within) goal, or None when a seed has none}; runs
+    without trajectory are left out.
 
     Checkpoints are the resolution: a run reached it somewhere in the interval before the point.
     """
     out = {}
     for name in dict.fromkeys(r.name for r in runs if r.trajectory):
-        first = [next((p for p in r.trajectory if p["fd"] <= (1 + within) * goal), None) for r in runs if r.name == name and r.trajectory]
-        out[name] = None if any(p is None for p in first) else {k: statistics.fmean(p[k] for p in first) for k in ("step", "images_seen", "seconds")}
+        seeds = [r.trajectory for r in runs if r.name == name and r.trajectory]
+        first = [next((p for p in points if p["fd"] <= (1 + within) * goal), None) for points in seeds]
+        out[name] = None if None in first else {k: statistics.fmean(p[k] for p in first) for k in ("step", "images_seen", "seconds")}
     return out
 
 
@@ -310,7 +416,8 @@ def save(fig, path):
 
 
 # Told apart in grey print too: by mark, dash and hatch.
-MARKS, DASHES, HATCHES = "osD^vPX*<>", ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (3, 2, 1, 2))), ("", "///", "...", "\\\\\\", "xxx", "ooo", "+++")
+MARKS, HATCHES = "osD^vPX*<>", ("", "///", "...", "\\\\\\", "xxx", "ooo", "+++")
+DASHES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (3, 2, 1, 2)))
 
 
 def look(t, name):
@@ -336,15 +443,18 @@ def plain_log(ax):
 
 
 def frontier(runs, t, judge, path):
-    """FD against steps, images seen and seconds, band = lowest to highest seed; without trajectories the end points against seconds, and with preparation."""
+    """FD against steps, images seen and seconds, band = lowest to highest seed; without trajectories the end points against seconds, and with
+    preparation. Where that is unknown the points stand at the training seconds, and the name says so."""
+    label_of = lambda name: name + " (preparation unknown)" * (prepared(t[name]) is None)       # noqa: E731
     followed = [name for name in t if any(r.trajectory for r in runs if r.name == name)]
     if followed:
         fig = figure(12, 4.6)
-        for ax, (key, label) in zip(fig.subplots(1, 3, sharey=True), (("step", "steps"), ("images_seen", "images seen"), ("seconds", "seconds of training + preparation"))):
+        axes = (("step", "steps"), ("images_seen", "images seen"), ("seconds", "seconds of training + preparation"))
+        for ax, (key, label) in zip(fig.subplots(1, 3, sharey=True), axes):
             for name in followed:
                 x, fd, low, high = curve(runs, name, key)
-                x = x + (mean(t[name]["preparation"]) if key == "seconds" else 0)
-                ax.plot(x, fd, ms=4, lw=1.3, label=name, **look(t, name))
+                x = x + (prepared(t[name]) or 0 if key == "seconds" else 0)
+                ax.plot(x, fd, ms=4, lw=1.3, label=label_of(name), **look(t, name))
                 ax.fill_between(x, low, high, color=look(t, name)["color"], alpha=0.2, lw=0)
             ax.set(xlabel=label, xlim=(0, None))
             plain_log(ax)
@@ -356,11 +466,12 @@ def frontier(runs, t, judge, path):
         ax = fig.subplots()
         for name, r in t.items():
             x, fd, style = mean(r["seconds"]), mean(r["fd"]), look(t, name)
-            ax.errorbar([x], [fd], yerr=spread(r["fd"]), capsize=3, label=name, ms=7, **style | dict(ls="none"))
-            if mean(r["preparation"]):
-                ax.plot([x, x + mean(r["preparation"])], [fd, fd], color=style["color"], ls=":", lw=1)
-                ax.plot([x + mean(r["preparation"])], [fd], ms=7, mfc="none", **style)
-        ax.set(xlabel="seconds of training (filled) and with preparation (hollow)", ylabel=f"{judge}, lower is better", xlim=(0, None), ylim=(0, None))
+            ax.errorbar([x], [fd], yerr=spread(r["fd"]), capsize=3, label=label_of(name), ms=7, **style | dict(ls="none"))
+            if prep := prepared(r):
+                ax.plot([x, x + prep], [fd, fd], color=style["color"], ls=":", lw=1)
+                ax.plot([x + prep], [fd], ms=7, mfc="none", **style)
+        ax.set(xlabel="seconds of training (filled) and with preparation (hollow)", ylabel=f"{judge}, lower is better")
+        ax.set(xlim=(0, None), ylim=(0, None))
         fig.legend(*ax.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
         ax.grid(alpha=0.3)
     save(fig, path)
@@ -379,11 +490,11 @@ def per_class(runs, t, judge, path):
     fig = figure(12, 4.2)
     ax, w = fig.subplots(), 0.85 / len(rows)
     for k, (name, seeds) in enumerate(rows.items()):
-        ax.bar(np.arange(K) + (k - len(rows) / 2 + 0.5) * w, np.mean([p["fd"][:K] for p in seeds], axis=0), w, label=name, color=look(t, name)["color"],
-               hatch=HATCHES[k % len(HATCHES)], edgecolor="white", lw=0.3)
+        height, place = np.mean([p["fd"][:K] for p in seeds], axis=0), np.arange(K) + (k - len(rows) / 2 + 0.5) * w             # (K,) both
+        ax.bar(place, height, w, label=name, color=look(t, name)["color"], hatch=HATCHES[k % len(HATCHES)], edgecolor="white", lw=0.3)
     ax.hlines(real["real"][:K], np.arange(K) - 0.45, np.arange(K) + 0.45, color="k", lw=1.8, label="real images")
-    ax.set(xlabel="class" + (f" (the first {K} of {len(real['fd'])})" if len(real["fd"]) > K else ""), ylabel=f"distance per class, n={real['n']}", xticks=np.arange(K),
-           xlim=(-0.6, K - 0.4))
+    some = f" (the first {K} of {len(real['fd'])})" if len(real["fd"]) > K else ""
+    ax.set(xlabel="class" + some, ylabel=f"distance per class, n={real['n']}", xticks=np.arange(K), xlim=(-0.6, K - 0.4))
     fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=8, fontsize=8)
     save(fig, path)
     return True
@@ -419,31 +530,61 @@ def nearest_sheet(runs, path):
 
 
 # ---------------------------------------------------------------------------------------------- the page
-def page(runs, t, judge, reached, pictures, notes=()):
-    r0 = runs[0]
-    e = r0.metrics["encoders"][judge]
+def heading(t, e, data):
     seeds = max(len(r["fd"]) for r in t.values())
-    share = lambda values: cell(values, "{:.2f}")                     # noqa: E731
-    lines = [f"# {r0.metrics['data']}: is it better than random?", "",
-             f"{e['distance']}, lower is better, {e['n']:,} samples a run, reference: {e['reference']}" + (f" ({e['reference_n']:,} images)" if e["reference_n"] else "")
-             + f". Seeds: {seeds}" + (", mean ± standard deviation." if seeds > 1 else " (no spread: differences below are not claims)."), "",
-             "| run | images | steps | epochs | FD | FD of the subset itself | worst class FD | precision | recall | read as labelled | memorised share | train s | prepare s |",
-             "|---|---|---|---|---|---|---|---|---|---|---|---|---|"]
-    for name, r in t.items():
-        lines.append(f"| {name} | {r['kept'][0]:,} | {r['steps'][0]:,} | {mean(r['epochs']):,.0f} | {cell(r['fd'])} | {cell(r['fd_subset'])} | {cell(r['worst'])} | "
-                     f"{share(r['precision'])} | {share(r['recall'])} | {share(r['read'])} | {share(r['memo'])} | {cell(r['seconds'], '{:,.0f}')} | {cell(r['preparation'], '{:,.0f}')} |")
-    if e["fd_heldout"] is not None:                                   # real images as the yardstick, at their own n
-        at = e.get("fd_at_heldout_n")
-        lines += ["", f"Real held-out images score {e['fd_heldout']:.3g} at n={e['fd_heldout_n']:,}" + (f"; {r0.name}'s samples score {at:.3g} at that n" if at is not None else "")
-                  + (f". Neither is comparable with the column FD (n={e['n']:,}): a distance falls as n grows." if e["fd_heldout_n"] != e["n"] else ".")]
+    spreads = ", mean ± standard deviation." if seeds > 1 else " (no spread: differences below are not claims)."
+    size = f" ({e['reference_n']:,} images)" if e["reference_n"] else ""
+    return [f"# {data}: is it better than random?", "",
+            f"{e['distance']}, lower is better, {e['n']:,} samples a run, reference: {e['reference']}{size}. Seeds: {seeds}{spreads}", ""]
+
+
+def main_table(t):
+    share, whole = lambda values: cell(values, "{:.2f}"), lambda values: cell(values, "{:,.0f}")          # noqa: E731
+    columns = {
+        "images": lambda r: f"{r['kept'][0]:,}", "steps": lambda r: f"{r['steps'][0]:,}", "epochs": lambda r: f"{mean(r['epochs']):,.0f}",
+        "FD": lambda r: cell(r["fd"]), "FD of the subset itself": lambda r: cell(r["fd_subset"]), "worst class FD": lambda r: cell(r["worst"]),
+        "precision": lambda r: share(r["precision"]), "recall": lambda r: share(r["recall"]), "read as labelled": lambda r: share(r["read"]),
+        "memorised share": lambda r: share(r["memo"]), "train s": lambda r: whole(r["seconds"]),
+        "prepare s": lambda r: "?" if prepared(r) is None else whole(r["preparation"])}
+    line = lambda cells: f"| {' | '.join(cells)} |"                   # noqa: E731
+    rows = [[name, *(show(r) for show in columns.values())] for name, r in t.items()]
+    return [line(["run", *columns]), "|---|" + "---|" * len(columns), *map(line, rows)]
+
+
+def yardstick(e, name):
+    """Real images, at their own n."""
+    if e["fd_heldout"] is None:
+        return []
+    text = f"Real held-out images score {e['fd_heldout']:.3g} at n={e['fd_heldout_n']:,}"
+    if (at := e.get("fd_at_heldout_n")) is not None:
+        text += f"; {name}'s samples score {at:.3g} at that n"
+    if e["fd_heldout_n"] != e["n"]:
+        text += f". Neither is comparable with the column FD (n={e['n']:,}): a distance falls as n grows"
+    return ["", text + "."]
+
+
+def legend(t, e, name):
+    """What the columns mean."""
     heldout, noise = mean([v for r in t.values() for v in r["memo_heldout"]]), mean([v for n, r in t.items() if n != FULL for v in r["memo_noise"]])
-    lines += ["", "*Memorised share*: samples nearer (pixels) to the images that the model saw than to equally many, class-matched images that it did not see"
-              + (f"; held-out images score {heldout:.2f}, noisy copies {noise:.2f}. " if heldout is not None and noise is not None else ". ")
-              + "For `full` the unseen images are the held-out split. *FD of the subset itself* is what a perfect copier of the kept images would score. "
-              + (f"*Worst class FD* is at n={t[r0.name]['worst_n'][0]} a class, where real images score {e['per_class']['real_mean']:.3g} on average. " if "per_class" in e else "")
-              + "*Prepare s* counts features, scores, weights, attachments and the training of every network these used; sampling and judging are in no column."
-              + (" *Spread* below: half the width of the 95 % interval of a difference (Welch's t over seeds), in % of the second run's mean." if seeds > 1 else ""), ""]
-    lines += [f"> **Note.** {note[0].upper() + note[1:]}.\n" for note in notes]
+    controls = f"; held-out images score {heldout:.2f}, noisy copies {noise:.2f}" if heldout is not None and noise is not None else ""
+    text = ["*Memorised share*: samples nearer (pixels) to the images that the model saw than to equally many, class-matched images that it did not "
+            f"see{controls}. For `full` the unseen images are the held-out split.",
+            "*FD of the subset itself* is what a perfect copier of the kept images would score."]
+    if "per_class" in e:
+        text.append(f"*Worst class FD* is at n={t[name]['worst_n'][0]} a class, "
+                    f"where real images score {e['per_class']['real_mean']:.3g} on average.")
+    text.append("*Prepare s* counts features, scores, weights, attachments and the training of every network these used; sampling and judging are in "
+                "no column.")
+    if any(prepared(r) is None for r in t.values()):
+        text.append("*?*: a file that the run was prepared with has no record of what it cost.")
+    if max(len(r["fd"]) for r in t.values()) > 1:
+        text.append("*Spread* below: half the width of the 95 % interval of a difference (Welch's t over seeds), in % of the second run's mean.")
+    return ["", " ".join(text), ""]
+
+
+def warnings(runs, judge):
+    """Rows that the judge is not fair to, and the figures of other judges."""
+    lines = []
     circular = sorted({r.name for r in runs if r.metrics["encoders"][judge].get("circular")})
     if circular:
         lines += [f"> **Warning.** The judge, {judge}, also selected the images of, or was the alignment target of: {', '.join(circular)}. "
@@ -453,26 +594,53 @@ def page(runs, t, judge, reached, pictures, notes=()):
         for r in runs:
             if other in r.metrics["encoders"]:
                 got.setdefault(r.name, []).append(r.metrics["encoders"][other]["fd"])
-        lines += [f"Second judge, {runs[0].metrics['encoders'].get(other, {}).get('distance', other)}: " + ", ".join(f"{n} {cell(v)}" for n, v in got.items()), ""]
-    questions = (("Is it better than random?", answer_random(t)), ("Is the gain from selection or from attachments?", answer_source(t)),
-                 ("Is it memorising?", answer_memorising(t)), ("What does preparation cost, and when is the full run's quality reached?", answer_cost(t, reached)),
-                 ("Does it hold on another model or data set?", answer_elsewhere(t, {**r0.train, "data": r0.metrics["data"]})))
-    lines += ["## The five questions", ""]
-    for k, (question, answers) in enumerate(questions, 1):
-        lines += [f"{k}. **{question}**" + ("" if answers else " The runs that would answer it are not here.")]
-        lines += [*(f"   - {answer}." for answer in answers), ""]
-    costs = {r.name: r.preparation for r in runs if r.preparation}
-    if costs:
-        lines += ["## Preparation, in seconds", "", "| run | " + "what |", "|---|---|"]
-        lines += [f"| {n} | {', '.join(f'{k} {v:,.1f}' for k, v in c.items())} |" for n, c in costs.items()] + [""]
-    lines += ["## Pictures", ""] + [f"![{caption}]({name})\n\n*{caption}*\n" for name, caption in pictures]
-    p = r0.metrics["protocol"]
-    lines += ["## Protocol", "", f"Sampler {p.get('sampler')}, {p.get('steps')} steps, guidance {p.get('cfg')} on t in {p.get('cfg_interval')}, labels {p.get('labels')}, seed {p.get('seed')}, "
-              f"{p.get('weights')} weights, amp {p.get('amp')}; encoder {e['identity']}; precision/recall k={e.get('precision_k')}, density/coverage k={e.get('density_k')}, "
-              f"n={e.get('neighbours_n')}; KID subsets of {e['kid']['subset_size']}. Training: {r0.train['args']['model']}, {r0.train['args']['process']}, batch {r0.train['args']['batch_size']}, "
-              f"lr {r0.train['args']['lr']:g}, EMA {r0.train['args']['ema']}, amp {r0.train['args']['amp']}.", "",
-              "Versions: " + ", ".join(f"{k} {v}" for k, v in r0.metrics["provenance"].items()) + ".", ""]
-    return "\n".join(lines)
+        title = runs[0].metrics["encoders"].get(other, {}).get("distance", other)
+        lines += [f"Second judge, {title}: " + ", ".join(f"{n} {cell(v)}" for n, v in got.items()), ""]
+    return lines
+
+
+def answers(runs, t, reached):
+    train = {**runs[0].train, "data": runs[0].metrics["data"]}
+    lines = ["## The five questions", ""]
+    for k, (question, said) in enumerate((
+            ("Is it better than random?", answer_random(t)),
+            ("Is the gain from selection or from attachments?", answer_source(t)),
+            ("Is it memorising?", answer_memorising(t)),
+            ("What does preparation cost, and when is the full run's quality reached?", answer_cost(t, reached)),
+            ("Does it hold on another model or data set?", answer_elsewhere(t, train))), 1):
+        lines += [f"{k}. **{question}**" + ("" if said else " The runs that would answer it are not here.")]
+        lines += [*(f"   - {answer}." for answer in said), ""]
+    return lines
+
+
+def costs(runs):
+    """{run name: what its preparation cost} as a table, that of the last seed."""
+    cost = {r.name: r.preparation for r in runs if r.preparation}
+    if not cost:
+        return []
+    seconds = lambda v: "?" if v is None else f"{v:,.1f}"             # noqa: E731
+    rows = [f"| {name} | {', '.join(f'{what} {seconds(v)}' for what, v in parts.items())} |" for name, parts in cost.items()]
+    return ["## Preparation, in seconds", "", "| run | what |", "|---|---|", *rows, ""]
+
+
+def protocol(r, e):
+    p, a = r.metrics["protocol"], r.train["args"]
+    return ["## Protocol", "",
+            f"Sampler {p.get('sampler')}, {p.get('steps')} steps, guidance {p.get('cfg')} on t in {p.get('cfg_interval')}, labels {p.get('labels')}, "
+            f"seed {p.get('seed')}, {p.get('weights')} weights, amp {p.get('amp')}; encoder {e['identity']}; "
+            f"precision/recall k={e.get('precision_k')}, density/coverage k={e.get('density_k')}, n={e.get('neighbours_n')}; "
+            f"KID subsets of {e['kid']['subset_size']}. "
+            f"Training: {a['model']}, {a['process']}, batch {a['batch_size']}, lr {a['lr']:g}, EMA {a['ema']}, amp {a['amp']}.", "",
+            "Versions: " + ", ".join(f"{k} {v}" for k, v in r.metrics["provenance"].items()) + ".", ""]
+
+
+def page(runs, t, judge, reached, pictures, notes=()):
+    r0 = runs[0]
+    e = r0.metrics["encoders"][judge]
+    shown = ["## Pictures", ""] + [f"![{caption}]({name})\n\n*{caption}*\n" for name, caption in pictures]
+    remarks = [f"> **Note.** {note[0].upper() + note[1:]}.\n" for note in notes]
+    return "\n".join([*heading(t, e, r0.metrics["data"]), *main_table(t), *yardstick(e, r0.name), *legend(t, e, r0.name), *remarks,
+                      *warnings(runs, judge), *answers(runs, t, reached), *costs(runs), *shown, *protocol(r0, e)])
 
 
 def parse_args(argv=None):
@@ -485,7 +653,11 @@ def parse_args(argv=None):
 
 @common.command
 def main(argv=None):
+    common.single_process("report.py")
     a = parse_args(argv)
+    out = Path(a.out)
+    if not next(p for p in (out, *out.parents) if p.exists()).is_dir():
+        raise common.UserError(f"{out}: a file stands where the report's folder should be; choose another --out")
     runs = [read_run(r) for r in a.runs]
     judge = a.encoder or next(iter(runs[0].metrics["encoders"]))
     notes = comparable(runs, judge)
@@ -493,7 +665,6 @@ def main(argv=None):
     t = rows_of(runs, judge)
     goal = mean([r.trajectory[-1]["fd"] for r in runs if r.name == FULL and r.trajectory])          # its final FD, at the n of the trajectories
     reached = reach(runs, goal) if goal is not None else {}
-    out = Path(a.out)
     out.mkdir(parents=True, exist_ok=True)
     distance = runs[0].metrics["encoders"][judge]["distance"]
     frontier(runs, t, distance, out / "frontier.png")
@@ -504,7 +675,8 @@ def main(argv=None):
         pictures.append(("per_class.png", "Distance per class; the black marks are real images"))
     if nearest_sheet(runs, out / "nearest.png"):
         pictures.append(("nearest.png", "The most suspicious samples (upper row) and the nearest image each model has seen (lower row)"))
-    common.save_json(out / "report.json", {"judge": judge, "rows": t, "reached": reached, "preparation": {r.folder.name: r.preparation for r in runs}})
+    common.save_json(out / "report.json", {"judge": judge, "rows": t, "reached": reached,
+                                           "preparation": {r.folder.name: r.preparation for r in runs}})
     text = page(runs, t, judge, reached, pictures, notes)
     common.save_text(out / "report.md", text)
     common.log("\n".join(line for line in text.splitlines() if line.startswith(("|", "   - ")) or line[:1].isdigit()))

@@ -1,7 +1,11 @@
 """A model from its settings. A checkpoint carries the settings it was made with, so nobody has to name an architecture twice."""
-from models.conditioning import Projector, align_depth
-from models.diffusion import make_process
-from models.sit import SITS, Reversed, SiT
+import math
+import re
+
+import torch
+
+from models.diffusion import DDPM, Flow, make_process
+from models.sit import SITS, SIZES, Reversed, SiT
 from models.unet import UNETS, UNet
 
 MODELS = {**UNETS, **SITS}
@@ -30,6 +34,9 @@ def build(settings, text=None, mask=None):
 def from_checkpoint(state, ema=True):
     """(model in eval mode, process) from a checkpoint dict of train.py. Raises ValueError when it is none, or its weights do not fit its settings."""
     if not isinstance(state.get("args"), dict) or not isinstance(state.get("ema"), dict):
+        if official_weights(state):
+            raise ValueError("not a checkpoint of train.py but official DiT/SiT weights, as it looks: only the --reference of attach.py can be that, "
+                             "with --official dit or --official sit")
         raise ValueError("not a checkpoint of train.py (no settings inside)")
     args = state["args"]
     try:
@@ -43,6 +50,40 @@ def from_checkpoint(state, ema=True):
     return model.eval().requires_grad_(False), process
 
 
+def official_weights(state):
+    """The tensors of an official DiT/SiT checkpoint under their own names, or {} when it is none. They come bare or as {"ema": ...}, {"model": ...},
+    and with the prefixes that DistributedDataParallel and torch.compile leave."""
+    inner = next((state[k] for k in ("ema", "model") if isinstance(state.get(k), dict)), state)
+    weights = {re.sub(r"^((module|_orig_mod)\.)+", "", str(k)): v for k, v in inner.items() if torch.is_tensor(v)}
+    return weights if "x_embedder.proj.weight" in weights else {}
+
+
+def from_official(state, kind):
+    """(model in eval mode, process) from an official checkpoint, kind 'dit' (Peebles & Xie 2023: ddpm, predicts eps) or 'sit' (Ma et al. 2024: flow,
+    its time turned round by Reversed). Names and shapes are the same in both, so the file cannot tell which it is. The sizes are read off the shapes.
+
+    Raises ValueError when it is none, its width is of no known size, or a weight is missing, left over or of another shape.
+    """
+    if isinstance(state.get("args"), dict) and "process" in state["args"]:                    # a SiT of ours fits as well, and means another time
+        raise ValueError("a checkpoint of train.py, not official DiT/SiT weights; leave --official out")
+    w, heads = official_weights(state), {s["width"]: s["heads"] for name, s in SIZES.items() if name != "T"}
+    need = {"x_embedder.proj.weight": 4, "pos_embed": 3, "y_embedder.embedding_table.weight": 2, "final_layer.linear.weight": 2}
+    if not w:
+        raise ValueError("not official DiT/SiT weights (no x_embedder.proj.weight inside)")
+    if (wrong := next((k for k, n in need.items() if k not in w or w[k].ndim != n), None)):
+        raise ValueError(f"not official DiT/SiT weights: {wrong} is {f'of shape {tuple(w[wrong].shape)}' if wrong in w else 'missing'}")
+    width, channels, patch, _ = w["x_embedder.proj.weight"].shape
+    if width not in heads:
+        raise ValueError(f"not official DiT/SiT weights: their width is {width}, official ones are {', '.join(map(str, heads))} wide")
+    model = SiT(size=math.isqrt(w["pos_embed"].shape[1]) * patch, channels=channels, num_classes=len(w["y_embedder.embedding_table.weight"]) - 1,
+                depth=1 + max((int(k.split(".")[1]) for k in w if re.match(r"blocks\.\d+\.", k)), default=0), width=width, heads=heads[width],
+                patch=patch, learn_sigma=len(w["final_layer.linear.weight"]) == 2 * channels * patch**2)
+    fits(model, w)
+    model.load_state_dict(w)
+    model.eval().requires_grad_(False)
+    return (Reversed(model).eval(), Flow()) if kind == "sit" else (model, DDPM())
+
+
 def init_from(model, state, path):
     """Start weights for `model` from the EMA of a checkpoint dict of train.py; its text tokens stay its own. `path` names the file in messages.
 
@@ -50,10 +91,9 @@ def init_from(model, state, path):
     runs time the other way, which the time embedding cannot absorb, so training on from them would start from a wrong network.
     """
     if not isinstance(state.get("args"), dict) or not isinstance(state.get("ema"), dict):
-        inner = next((state[k] for k in ("ema", "model") if isinstance(state.get(k), dict)), state)
-        if any(str(k).endswith("x_embedder.proj.weight") for k in inner):
-            raise ValueError(f"{path}: official DiT/SiT weights can only be the --reference of attach.py, not start weights; "
-                             "give a checkpoint of train.py")
+        if official_weights(state):
+            raise ValueError(f"{path}: official DiT/SiT weights can only be the --reference of attach.py (with --official dit or --official sit), "
+                             "not start weights; give a checkpoint of train.py")
         raise ValueError(f"{path}: not a checkpoint of train.py (no settings inside)")
     try:
         fits(model, state["ema"])

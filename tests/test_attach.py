@@ -16,7 +16,7 @@ import train
 from models.conditioning import minilm_tokens, text_tokens
 from models.diffusion import DDPM, Flow
 from models.encoders import train_scratch
-from models.sit import Reversed
+from models.sit import Reversed, SiT
 
 ROOT = Path(attach.__file__).parent
 NAMES = ("cat", "dog", "truck")
@@ -163,6 +163,74 @@ def test_latents_are_scored_at_the_posterior_mean(tmp_path):
     eps, y = torch.randn(10, 4, 8, 8, generator=attach.common.generator(0, "difficulty", 0)), torch.from_numpy(np.load(data / "labels.npy"))
     want = attach.difficulty_scores(net, proc, 0.5 * torch.from_numpy(z[:, :4]).float(), y, eps, attach.stratified_times())
     np.testing.assert_allclose(np.load(tmp_path / "out" / "difficulty.npy"), want, rtol=1e-5)
+
+
+def make_official(path, channels=1, num_classes=3, width=384, drop=None, bare=False, nan=False):
+    """Official DiT/SiT weights: names, shapes and wrapping as published; every weight random. Returns (path, the network)."""
+    torch.manual_seed(0)
+    net = SiT(size=8, channels=channels, num_classes=num_classes, depth=2, width=width, heads=6, patch=2, learn_sigma=True).eval()
+    for p in net.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    if nan:
+        net.pos_embed.data[:] = torch.nan
+    weights = {k if bare else f"module.{k}": v for k, v in net.state_dict().items() if k != drop}
+    torch.save(weights if bare else {"ema": weights}, path)
+    return path, net
+
+
+@pytest.mark.parametrize("kind", ["dit", "sit"])
+@pytest.mark.parametrize("latents", [False, True], ids=["images", "latents"])
+def test_official_weights_score_as_their_own_loss(tmp_path, kind, latents):
+    """The score in the words of their papers: DiT predicts eps at the steps 50 ... 950; SiT x - eps on t x + (1 - t) eps, from noise to data."""
+    data, scale = make_data(tmp_path / "data", sizes=(3, 5, 4)), 0.18215
+    labels = torch.from_numpy(np.load(data / "labels.npy"))
+    x = torch.from_numpy(np.load(data / "images.npy")).permute(0, 3, 1, 2).float() / 127.5 - 1
+    if latents:
+        z = np.random.default_rng(0).normal(size=(12, 8, 8, 8)).astype(np.float16)
+        np.save(data / "latents.npy", z)
+        (data / "latents.json").write_text(json.dumps({"scale": scale}))
+        x = scale * torch.from_numpy(z[:, :4]).float()
+    ck, net = make_official(tmp_path / "official.pt", x.shape[1])
+    record = run(data, tmp_path / "out", "--reference", ck, "--official", kind, "--per-class", 2, "--judge", "none", "--batch-size", 8)
+    eps, want = torch.randn(10, x.shape[1], 8, 8, generator=attach.common.generator(0, "difficulty", 0)), torch.zeros(12)
+    abar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+    with torch.no_grad():
+        for j, e in enumerate(eps):
+            if kind == "dit":
+                t = 100 * j + 50
+                error = net(float(abar[t] ** 0.5) * x + float((1 - abar[t]) ** 0.5) * e, torch.full((12,), float(t)), labels) - e
+            else:
+                t = 1 - (j + 0.5) / 10
+                error = net(t * x + (1 - t) * e, torch.full((12,), t), labels) - (x - e)
+            want += error.square().mean((1, 2, 3)) / 10
+    np.testing.assert_allclose(np.load(tmp_path / "out" / "difficulty.npy"), want, rtol=1e-4)
+    assert record["args"]["official"] == kind and len(np.load(tmp_path / "out" / "keep.npy")) == 6
+
+
+def test_official_latents_have_the_published_scale(tmp_path, capsys):
+    data = make_data(tmp_path / "data")
+    np.save(data / "latents.npy", np.zeros((29, 8, 8, 8), np.float16))
+    (data / "latents.json").write_text(json.dumps({"scale": 0.5}))
+    ck, _ = make_official(tmp_path / "official.pt", 4)
+    assert "latents x 0.18215" in refused(capsys, data, tmp_path / "out", "--reference", ck, "--official", "sit", "--per-class", 2)
+
+
+@pytest.mark.parametrize("how, flags, words", [
+    ({}, [], "--official dit or --official sit"), ({"bare": True}, [], "--official dit or --official sit"),
+    ({"width": 96}, ["--official", "sit"], "width is 96"),
+    ({"drop": "blocks.1.mlp.fc1.bias"}, ["--official", "dit"], "blocks.1.mlp.fc1.bias is missing"),
+    ({"channels": 3}, ["--official", "dit"], "has images (1, 8, 8)"), ({"num_classes": 5}, ["--official", "sit"], "5 classes"),
+    ({"nan": True}, ["--official", "sit"], "NaN"), ({}, ["--official", "unet"], "--official"),
+    ({}, ["--official", "dit", "--visual", "ddae"], "--visual ddae takes its maps from a checkpoint of train.py"),
+    ({}, ["--official", "dit", "--visual", "ddae", "--visual-weights", "SELF"], "--official dit or --official sit"),
+    (None, ["--official", "dit"], "a checkpoint of train.py, not official")], ids=str)
+def test_mistakes_with_official_weights_end_in_one_line(made, tmp_path, capsys, how, flags, words):
+    data, ck = made
+    if how is not None:
+        ck, _ = make_official(tmp_path / "official.pt", **how)
+    flags = [ck if f == "SELF" else f for f in flags]
+    text = refused(capsys, data, tmp_path / "out", "--reference", ck, "--per-class", 3, "--judge", "none", *flags)
+    assert words in text and (str(ck) in text or "--visual" in flags or "unet" in flags), text
 
 
 def test_repeat_correlation_is_within_the_class():
@@ -467,6 +535,7 @@ MISTAKES = [
     (["--select", "all", "--visual", "ddae", "--visual-weights", "KEEP"], "keep.npy"),
     (["--select", "all", "--visual", "pixels"], "invalid choice"),
     (["--select", "all", "--flips"], "--flips"),
+    (["--select", "all", "--official", "sit"], "give --reference"),
     (["--select", "all", "--judge", "ddae"], "--judge-weights"),
     (["--select", "all", "--judge", "none", "--judge-weights", "CK"], "--judge-weights does nothing"),
     (["--select", "all", "--prompt", "{class}"], "--prompt does nothing"),

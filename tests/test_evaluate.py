@@ -313,7 +313,69 @@ def test_circular_judges_are_named(world, capsys):
     shutil.copy(world / "keep.npy", attach / "keep.npy")
     common.save_json(attach / "attach.args.json", {"args": {"visual": "scratch", "indices": str(world / "prune" / "keep.npy")}, "seconds": 1})
     common.save_json(world / "prune" / "prune.args.json", {"args": {"score": "herding", "surrogate": "pixels"}, "seconds": 1})
-    assert evaluate.judges_used(attach) == {"scratch", "pixels"}
+    assert evaluate.judges_used(attach) == {"scratch", "pixels"} and evaluate.judges_used(attach, aligned=False) == {"pixels"}
+
+
+def test_judges_are_followed_through_files_used_again(tmp_path):
+    def made(name, script, **args):
+        (tmp_path / name).mkdir()
+        common.save_json(tmp_path / name / f"{script}.args.json", {"args": args, "seconds": 1})
+        return lambda file: str(tmp_path / name / file)
+    first = made("first", "prune", score="gaussian", surrogate="inception")
+    second = made("cut", "prune", score=None, scores=first("scores.npy"), surrogate="inception")
+    made("recut", "prune", score=None, scores=second("scores.npy"), surrogate="pixels")
+    made("again", "prune", score="herding", features=first("features.npy"), surrogate="pixels")
+    made("own", "prune", score=None, scores=str(tmp_path / "x.npy"), surrogate="pixels")
+    d2c = made("d2c", "attach", select="interval", reference="r.pt", visual="scratch")
+    made("hard", "attach", select="hard", reference=None, difficulty=d2c("difficulty.npy"), visual="none")
+    made("drawn", "attach", select="random", reference="r.pt", visual="ddae")
+    used = lambda name, aligned=True: evaluate.judges_used(tmp_path / name, aligned)            # noqa: E731
+    assert used("cut") == used("recut") == used("again") == {"inception"} and used("own") == set()
+    assert used("d2c") == {"ddae", "scratch"} and used("d2c", False) == used("hard") == {"ddae"}
+    assert used("drawn") == {"ddae"} and used("drawn", False) == set()
+
+
+def test_a_run_on_the_kept_set_of_attach_alone_is_not_aligned(world):
+    (world / "attach").mkdir()
+    shutil.copy(world / "keep.npy", world / "attach" / "keep.npy")
+    common.save_json(world / "attach" / "attach.args.json", {"args": {"visual": "pixels", "select": "random", "reference": None}, "seconds": 1})
+    record = json.loads((world / "small" / "train.args.json").read_text())
+    for args, aligned in ((dict(indices=str(world / "attach" / "keep.npy")), False), (dict(indices=None, attach=str(world / "attach")), True)):
+        common.save_json(world / "small" / "train.args.json", {**record, "args": {**record["args"], **args}})
+        assert run(world, "--overwrite", "--no-audit", encoder="pixels", runs=("small",))[0]["encoders"]["pixels"]["circular"] == aligned
+
+
+@pytest.mark.parametrize("how", ["indices", "attach"])
+def test_a_kept_set_that_changed_since_is_refused(world, capsys, how):
+    (world / "attach").mkdir()
+    keep = world / "attach" / "keep.npy"
+    shutil.copy(world / "keep.npy", keep)
+    record = json.loads((world / "small" / "train.args.json").read_text())
+    digest = record["inputs"].pop("indices")
+    assert digest == common.sha256(keep)
+    args = dict(indices=str(keep)) if how == "indices" else dict(indices=None, attach=str(keep.parent))
+    record["inputs"]["indices" if how == "indices" else "attach_keep"] = digest
+    common.save_json(world / "small" / "train.args.json", {**record, "args": {**record["args"], **args}})
+    np.save(keep, np.arange(12))
+    refused(capsys, lambda: run(world, encoder="pixels"), str(keep), "has changed since", absent=[world / "full" / "metrics.json"])
+    common.save_json(world / "small" / "train.args.json", {**record, "inputs": {}, "args": {**record["args"], **args}})     # an older record: not known
+    assert len(run(world, encoder="pixels")) == 2
+
+
+def test_other_heldout_images_are_measured_again(world, capsys):
+    run(world, encoder="pixels", runs=("full",))
+    info = json.loads((world / "data" / "dataset.json").read_text())
+    common.save_json(world / "data" / "dataset.json", {**info, "sha256_test": "another"})
+    capsys.readouterr()
+    run(world, encoder="pixels", runs=("full",))
+    assert "nothing to do" not in capsys.readouterr().out
+
+
+def test_torchrun_is_refused(world, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(common.UserError, match="evaluate.py runs in one process"):              # unwrapped: a rank that fails ends its process
+        evaluate.main.__wrapped__(["--data", str(world / "data"), "--runs", str(world / "full"), "--encoder", "pixels", "--device", "cpu"])
+    assert not (world / "full" / "metrics.json").exists()
 
 
 # ---------------------------------------------------------------------------------------------- trajectory

@@ -9,6 +9,7 @@ import torch.nn as nn
 
 import models
 from models.conditioning import ConditionEmbedder
+from models.diffusion import DDPM, Flow
 from models.sit import SIZES, Reversed, SiT
 from models.unet import Down, ResBlock, SelfAttention, UNet
 
@@ -395,7 +396,7 @@ def test_checkpoints_that_do_not_fit():
     refused("blocks.9.attn is not part", ema={"blocks.9.attn": torch.zeros(1)})
     refused("channels", drop="channels")
     refused("process", drop="process")
-    for state in ({}, {"ema": {}}, {"args": {}}, {"args": [], "ema": {}}, checkpoint(SIT)[1]["ema"]):
+    for state in ({}, {"ema": {}}, {"args": {}}, {"args": [], "ema": {}}, checkpoint(UNET)[1]["ema"]):
         with pytest.raises(ValueError, match="not a checkpoint"):
             models.from_checkpoint(state)
     state = checkpoint(SIT)[1]
@@ -445,8 +446,82 @@ def test_init_from_refuses_official_weights(prefix, key):
     """They run time the other way: the names and shapes alone would pass."""
     model = models.build(SIT)
     official = {prefix + k: v for k, v in model.state_dict().items()}
-    with pytest.raises(ValueError, match="start.pt: official DiT/SiT weights can only be the --reference"):
+    with pytest.raises(ValueError, match="start.pt: official DiT/SiT weights can only be the --reference.*--official dit or --official sit"):
         models.init_from(model, official if key is None else {key: official}, "start.pt")
+
+
+# ---------------------------------------------------------------------------------------------- official weights
+def official(channels=4, patch=2, learn_sigma=True):
+    """(the network, its weights as they are published)"""
+    model = randomised(SiT(size=8, channels=channels, num_classes=5, depth=2, width=384, heads=6, patch=patch, learn_sigma=learn_sigma)).eval()
+    return model, model.state_dict()
+
+
+def wrapped(weights, key, prefix):
+    weights = {prefix + k: v for k, v in weights.items()}
+    other = {k: v + 1 for k, v in weights.items()}           # the raw weights, which are not meant
+    return weights if key is None else {"model": other, key: weights, "opt": {"state": {}}, "train_steps": 7}
+
+
+@pytest.mark.parametrize("key, prefix", [("ema", "module."), ("model", "_orig_mod."), (None, ""), ("ema", "_orig_mod.module."),
+                                         (None, "module._orig_mod.")])
+def test_official_weights_answer_as_their_network(key, prefix):
+    model, weights = official()
+    x, y = batch(3, 4), torch.tensor([0, 4, 5])
+    dit, process = models.from_official(wrapped(weights, key, prefix), "dit")
+    assert type(process) is DDPM and process.predict == "eps"
+    t = torch.tensor([50.0, 500.0, 950.0])
+    assert torch.equal(dit(x, t, y), model(x, t, y))
+    sit, process = models.from_official(wrapped(weights, key, prefix), "sit")
+    assert type(process) is Flow
+    t = torch.tensor([0.05, 0.5, 0.75])
+    torch.testing.assert_close(sit(x, t, y), -model(x, 1 - t, y), rtol=0, atol=0)
+    assert (sit(x, t, y) + model(x, t, y)).abs().max() > 0.01 < (sit(x, t, y) - model(x, 1 - t, y)).abs().max()
+    for m in (dit, sit):
+        assert (m.size, m.channels, m.num_classes, m.patch, len(m.blocks), m.blocks[0].attn.heads) == (8, 4, 5, 2, 2, 6)
+        assert not any(part.training for part in m.modules()) and not any(p.requires_grad for p in m.parameters())
+
+
+@pytest.mark.parametrize("channels, patch, learn_sigma", [(3, 4, True), (1, 1, False), (4, 8, False)])
+def test_official_sizes_are_read_off_the_shapes(channels, patch, learn_sigma):
+    model, weights = official(channels, patch, learn_sigma)
+    again, _ = models.from_official(weights, "dit")
+    x, t, y = batch(3, channels), torch.tensor([1.0, 40.0, 999.0]), torch.tensor([0, 4, 5])
+    assert torch.equal(again(x, t, y), model(x, t, y)) and (again.patch, again.out_channels) == (patch, channels * (1 + learn_sigma))
+
+
+@pytest.mark.parametrize("width, heads", [(384, 6), (768, 12), (1024, 16), (1152, 16)])
+def test_official_heads_come_from_the_width(width, heads):
+    net = SiT(size=2, channels=1, num_classes=1, depth=1, width=width, heads=1, patch=2)      # the weights do not show them
+    assert models.from_official(net.state_dict(), "dit")[0].blocks[0].attn.heads == heads
+
+
+def test_official_weights_that_are_none():
+    weights = official()[1]
+
+    def refused(state, message):
+        with pytest.raises(ValueError, match=message) as e:
+            models.from_official(state, "sit")
+        assert "\n" not in str(e.value)
+    without = lambda k: {n: v for n, v in weights.items() if n != k}                          # noqa: E731
+    refused(SiT(8, 3, 5, depth=1, width=64, heads=4, patch=2).state_dict(), "width is 64, official ones are 1152, 1024, 768, 384 wide")
+    refused(without("blocks.0.attn.qkv.bias"), "blocks.0.attn.qkv.bias is missing")
+    refused(without("pos_embed"), "pos_embed is missing")
+    refused({**weights, "pos_embed": torch.zeros(16)}, r"pos_embed is of shape \(16,\)")
+    refused({**weights, "pos_embed": torch.zeros(1, 15, 384)}, "pos_embed has shape")
+    refused({**weights, "final_layer.linear.weight": torch.zeros(12, 384)}, "final_layer.linear.weight has shape")
+    refused({**weights, "extra": torch.zeros(1)}, "extra is not part")
+    refused({k: v for k, v in weights.items() if not k.startswith("blocks.")}, "is missing")
+    for state in ({}, {"ema": {}}, {0: torch.zeros(1)}, {"ema": {"conv.weight": torch.zeros(1)}}, {"x_embedder.proj.weight": 3}):
+        refused(state, "not official DiT/SiT weights")
+    ours = {**SIT, "model": "SiT-S/2"}                                # the same names and shapes, another time
+    refused({"args": ours, "ema": models.build(ours).state_dict()}, "a checkpoint of train.py.*leave --official out")
+
+
+@pytest.mark.parametrize("key, prefix", [("ema", "module."), (None, "")])
+def test_official_weights_are_no_checkpoint_of_ours(key, prefix):
+    with pytest.raises(ValueError, match="^not a checkpoint of train.py but official.*--official dit or --official sit$"):
+        models.from_checkpoint(wrapped(official()[1], key, prefix))
 
 
 def test_every_model_of_the_table_can_be_built():

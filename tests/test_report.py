@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+import common
 import report
 
 SEVEN = ("full", "random", "random-attach", "pruned", "pruned-dro", "d2c-select", "d2c-select-attach")
@@ -38,6 +39,7 @@ def make_run(folder, fd=1.0, steps=700, kept=150, memo=(0.55, 0.5, 0.5, 1.0), po
     if points:
         write(folder / "trajectory.json", {"encoder": "scratch:1", "name": "scratch", "points": [
             dict(step=s, images_seen=128 * s, seconds=s / 7, fd=f, n=n) for s, f in points]})
+    (folder / "last.pt").touch()
     np.save(folder / "samples.npy", rng.integers(0, 256, (40, 8, 8, 1), dtype=np.uint8))
     Image.fromarray(rng.integers(0, 256, (114, 870), dtype=np.uint8)).save(folder / "nearest.png")
     return folder
@@ -45,7 +47,7 @@ def make_run(folder, fd=1.0, steps=700, kept=150, memo=(0.55, 0.5, 0.5, 1.0), po
 
 def table(**rows):
     """{run: {figure: values}} of the figures given, for the answers."""
-    blank = dict(kept=[150], steps=[700], worst_n=[24], seconds=[100.0], preparation=[0.0], fd_best=[None], ratio=[None], ratio_noise=[None], memo_n=[1000],
+    blank = dict(kept=[150], steps=[700], worst_n=[24], seconds=[100.0], preparation=[0.0], fd_best=[None], ratio=[None], ratio_noise=[None], memo_n=[1000], memo_side=[297],
                  memo=[None], memo_heldout=[None], memo_baseline=[None], memo_noise=[None], worst=[2.0], fd=[1.0])
     return {k.replace("_", "-"): {**blank, **v} for k, v in rows.items()}
 
@@ -113,11 +115,13 @@ def test_dro_is_judged_by_the_worst_class():
     (0.81, 0.52, 0.51, 1.0, "copies"), (0.65, 0.52, 0.51, 1.0, "leans towards copying"), (0.55, 0.52, 0.51, 1.0, "does not memorise beyond its controls"),
     (0.65, 0.50, 0.60, 1.0, "does not memorise beyond its controls"),             # a subset nearer to everything: the full model's samples are the zero
     (0.65, 0.70, None, 1.0, "cannot be judged"), (0.65, 0.50, 0.50, 0.6, "cannot be judged"),
-    (0.53, None, None, 0.6, "shows no sign of copying"), (0.56, None, None, 0.6, "copies"), (0.55, None, None, 0.6, "leans towards copying"),
+    (0.53, None, None, 0.6, "shows no sign of copying"), (0.59, None, None, 0.6, "copies"), (0.57, None, None, 0.6, "leans towards copying"),
+    (0.55, None, None, 0.6, "leans towards copying"),                             # half way to a low ceiling, within two standard errors of either
     (0.55, None, None, 0.53, "has too few held-out images or samples to tell")])
 def test_verdict_on_memorising(m, held, base, noise, verdict):
     answer, = report.answer_memorising(table(pruned=dict(memo=[m], memo_heldout=[held], memo_baseline=[base], memo_noise=[noise])))
     assert answer.startswith(f"pruned {verdict}") and f"{m:.2f} of the samples" in answer and f"{noise:.2f}" in answer
+    assert ("standard error 0.03" in answer) == (held is None)
     assert ("samples of the full model" in answer) == (base is not None) and ("than to held-out ones" in answer) == (held is None)
 
 
@@ -173,6 +177,30 @@ def prepared(tmp_path):
                                                           "seconds_difficulty": None, "seconds_text": 2.0, "seconds_visual": 5.0})
     write(out / "sattach" / "attach" / "attach.args.json", {"args": dict(attach, visual="scratch"), "seconds": 9.0,
                                                           "seconds_difficulty": 11.0, "seconds_text": 2.0, "seconds_visual": 5.0})
+    for stage in ("ddae/prune", "scratch/prune", "el2n/prune", "random/prune", "dro/reweight", "d2c/attach"):
+        for name in ("keep.npy", "scores.npy", "features.npy", "weights.npy", "difficulty.npy"):
+            (out / stage / name).touch()
+    (out / "own.npy").touch()
+    torch.save({"seconds": 40.0, "step": 3}, out / "full" / "step_0000003.pt")
+
+    def reuse(name, script, **args):
+        seconds = dict(seconds_difficulty=11.0) if script == "attach" else dict(seconds_features=7.0 * ("features" in args), seconds_scores=0.5)
+        write(out / name / script / f"{script}.args.json", {"args": args, "seconds": 1.0, **seconds})
+        (out / name / script / "keep.npy").touch()
+
+    reuse("cut", "prune", score=None, scores=str(out / "ddae/prune/scores.npy"), surrogate="inception", weights=None)
+    reuse("recut", "prune", score=None, scores=str(out / "cut/prune/scores.npy"), surrogate="inception", weights=None)
+    (out / "cut/prune/scores.npy").touch()
+    reuse("again", "prune", score="herding", features=str(out / "ddae/prune/features.npy"), surrogate="inception", weights=None)
+    reuse("foreign", "prune", score=None, scores=str(out / "own.npy"), surrogate="inception", weights=None)
+    reuse("early", "prune", score="gaussian", surrogate="ddae", weights=str(out / "full/step_0000003.pt"))
+    reuse("hard", "attach", select="hard", reference=None, difficulty=str(out / "d2c/attach/difficulty.npy"))
+    write(out / "open" / "train.args.json", {"args": {}, "seconds": None})
+    (out / "open" / "last.pt").touch()
+    reuse("unready", "prune", score="gaussian", surrogate="ddae", weights=str(out / "open/last.pt"))
+    reuse("lost", "prune", score="gaussian", surrogate="ddae", weights="elsewhere/full/last.pt")
+    write(out / "part" / "reweight" / "reweight.args.json", {"args": dict(reference=full), "seconds": None})
+    (out / "part/reweight/weights.npy").touch()
     return lambda **args: report.preparation({"args": dict({"data": str(out / "data")}, **{k: str(out / v) for k, v in args.items()})})
 
 
@@ -183,9 +211,76 @@ def prepared(tmp_path):
     (dict(indices="d2c/attach/keep.npy"), 11 + 100),                                                          # select only: no attachments
     (dict(attach="d2c/attach"), 11 + 2 + 5 + 100), (dict(attach="sattach/attach"), 11 + 2 + 5 + 100 + 13),
     (dict(attach="rattach/attach"), 2 + 5 + 100 + 0.25),                                                      # random images, but the visual encoder was trained
+    (dict(indices="cut/prune/keep.npy"), 0.5 + 10 + 100), (dict(indices="recut/prune/keep.npy"), 0.5 + 0.5 + 10 + 100),     # scores used again
+    (dict(indices="again/prune/keep.npy"), 0.5 + 7 + 100), (dict(indices="hard/attach/keep.npy"), 11 + 100),
+    (dict(indices="early/prune/keep.npy"), 0.5 + 40), (dict(indices="early/prune/keep.npy", init="full/last.pt"), 0.5 + 100),   # to that checkpoint only
     (dict(init="full/last.pt"), 100), (dict(init="full/last.pt", indices="ddae/prune/keep.npy"), 10 + 100)])
 def test_preparation_counts_everything_once(prepared, args, seconds):
     assert sum(prepared(**args).values()) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize("path", ["own.npy", "foreign/prune/keep.npy"])
+def test_a_file_without_record_has_unknown_cost(prepared, path):
+    assert report.total(prepared(indices=path)) is None
+
+
+@pytest.mark.parametrize("args, words", [
+    (dict(indices="gone/keep.npy"), ["gone/keep.npy", "from the folder where the runs were made"]), (dict(indices="lost/prune/keep.npy"), ["elsewhere/full/last.pt"]),
+    (dict(init="nothing/last.pt"), ["nothing/last.pt"]), (dict(indices="unready/prune/keep.npy"), ["open", "has not finished"]),
+    (dict(weights="part/reweight/weights.npy"), ["part/reweight", "has not finished"])])
+def test_unfinished_or_lost_preparation_is_refused(prepared, args, words):
+    with pytest.raises(common.UserError) as e:
+        prepared(**args)
+    assert all(w in str(e.value) for w in words)
+
+
+def test_unknown_preparation_in_the_report(tmp_path):
+    (tmp_path / "keep.npy").touch()
+    runs = [make_run(tmp_path / "full", 1.0, kept=1500, points=trail(1.0)), make_run(tmp_path / "mine", 1.0, points=trail(0.9), train_args=dict(indices=str(tmp_path / "keep.npy")))]
+    report.main([*map(str, runs), "--out", str(tmp_path / "r")])
+    text = (tmp_path / "r" / "report.md").read_text()
+    row, = [line for line in text.splitlines() if line.startswith("| mine | 150")]
+    assert row.endswith("| 100 | ? |") and "speed-up" in text and "with preparation" not in text and "preparation is unknown" in text
+    assert json.loads((tmp_path / "r" / "report.json").read_text())["rows"]["mine"]["preparation"] == [None]
+
+
+def test_resampling_is_a_role_of_its_own_and_budgets_may_begin_with_a_point():
+    assert report.family("pruned-.4") == "pruned" and report.family("pruned-0.4") == "pruned" and report.family("pruned-dro-resample-.4") == "pruned-dro-resample"
+    assert report.family("random-attach") == "random-attach"
+    t = table(random=dict(fd=[2.0]), pruned=dict(fd=[None], worst=[4.0]), pruned_dro=dict(fd=[None], worst=[3.0]), pruned_dro_resample=dict(fd=[1.0], worst=[2.0]))
+    text = report.answer_random(t)
+    assert any(x.startswith("Pruning + DRO resampling has 50 % lower FD than random") for x in text)
+    assert any(x.startswith("DRO resampling has 50 % lower worst-class FD (n=24 a class) than the same images unweighted") for x in text)
+    assert any(x.startswith("DRO resampling has 33 % lower worst-class FD (n=24 a class) than DRO weights in the loss") for x in text)
+
+
+def test_worst_classes_at_different_n_are_not_compared():
+    assert report.answer_random(table(pruned=dict(worst=[4.0], worst_n=[24]), pruned_dro=dict(worst=[2.0], worst_n=[48]))) == []
+
+
+def test_samples_of_other_weights_are_refused(tmp_path, capsys):
+    run = make_run(tmp_path / "full")
+    m = json.loads((run / "metrics.json").read_text())
+    m["protocol"]["checkpoint_step"] = 700
+    write(run / "metrics.json", m)
+    assert report.read_run(run).name == "full"
+    m["protocol"]["checkpoint_step"] = 500
+    write(run / "metrics.json", m)
+    refused(capsys, [run], f"{run}: samples are of step 500, the run stands at 700; draw and evaluate again")
+
+
+def test_out_and_processes_are_checked_first(tmp_path, capsys, monkeypatch):
+    run, out = make_run(tmp_path / "full"), tmp_path / "file"
+    out.write_text("mine")
+    for path in (out, out / "below"):
+        with pytest.raises(SystemExit) as e:
+            report.main([str(run), "--out", str(path)])
+        err = capsys.readouterr().err
+        assert e.value.code == 2 and str(path) in err and "a file stands" in err and err.count("\n") == 1
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(common.UserError, match="report.py runs in one process"):                # unwrapped: a rank that fails ends its process
+        report.main.__wrapped__([str(run), "--out", str(tmp_path / "r")])
+    assert not (tmp_path / "r").exists()
 
 
 # ---------------------------------------------------------------------------------------------- the whole report
