@@ -63,6 +63,6 @@ def test_a_folder_of_pictures(copy, tmp_path):
     code, out = run_all(copy, str(tmp_path / "my pets"), STEPS="3", NUM_SAMPLES="24", PER_CLASS="3", KEEP="0.3 0.5", MODEL="unet-tiny", DEVICE="cpu", NPROC="2",
                         DRO="--eta 0.1 --steps 4 --batch-size 4 --burn-in 1", SAMPLER="--steps 3 --cfg 1.5")
     assert code == 0, out[-3000:]
-    table = (copy / "runs/my pets/report/report.md").read_text(encoding="utf-8")
+    table = (copy / "runs/my pets-unet-tiny/report/report.md").read_text(encoding="utf-8")
     for run in ("full", "random", "random-0.5", "pruned", "pruned-0.5", "pruned-dro", "pruned-dro-0.5", "d2c-random", "random-attach", "d2c-select", "d2c-select-attach"):
         assert f"| {run} |" in table
