@@ -84,7 +84,9 @@ def mean_token_cosine(v, rows=1024):
     """The mean cosine that ONE constant vector reaches against all tokens v (..., d): |mean of the unit tokens|. An alignment below it has learned nothing."""
     total, n = 0, 0
     for lo in range(0, len(v), rows):                                 # in float32 only block by block: v may be a large memory map
-        unit = F.normalize(torch.as_tensor(v[lo:lo + rows]).float(), dim=-1).flatten(0, -2)
+        block = v[lo:lo + rows]
+        block = block if torch.is_tensor(block) else torch.from_numpy(np.array(block))        # a copy: memory maps are read-only
+        unit = F.normalize(block.float(), dim=-1).flatten(0, -2)
         total, n = total + unit.double().sum(0), n + len(unit)
     return (total / n).norm().item()
 
