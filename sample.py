@@ -110,6 +110,9 @@ def main(argv=None):
     stage = common.Stage("sample", a.out, a, {"checkpoint": a.checkpoint}, outputs, ("batch_size", "npz"), a.overwrite)
     if stage.done:
         return
+    if not stage.resuming and common.rank() == 0:                     # those of another call must never pass for this one's
+        (stage.out / "samples.npy").unlink(missing_ok=True)
+    common.barrier()
     if not (stage.resuming and (stage.out / "samples.npy").exists()):  # else --npz was asked for later
         common.log(f"writing {a.num * model.size**2 * model.channels / 2**20:,.1f} MB of samples into {stage.out}")
         draw(a, model.to(device), process, y, device, stage)

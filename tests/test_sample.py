@@ -199,3 +199,13 @@ def test_two_processes_and_one_draw_the_same(flow, tmp_path):
     assert p.returncode == 0, p.stderr[-3000:]
     assert alike(draw(flow, tmp_path / "a", num=13), np.load(tmp_path / "b/samples.npy"))
     assert {f.name for f in (tmp_path / "a").iterdir()} == {f.name for f in (tmp_path / "b").iterdir()}
+
+
+def test_a_killed_overwrite_never_passes_the_old_samples_for_the_new(flow, tmp_path, monkeypatch):
+    old = draw(flow, tmp_path / "a", num=6)
+    with monkeypatch.context() as m:
+        m.setattr(sample, "generate", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(SystemExit):
+            draw(flow, tmp_path / "a", "--overwrite", "--seed", 5, num=6)
+    new = draw(flow, tmp_path / "a", "--seed", 5, num=6)
+    assert not np.array_equal(old, new) and np.array_equal(new, draw(flow, tmp_path / "b", "--seed", 5, num=6))
