@@ -12,6 +12,8 @@ Before anyone trains it prints how far the ranking repeats under other noise, an
 Reads   DATA/                  images.npy or latents.npy (the posterior mean), labels.npy, classes.txt
         --reference CKPT       diffusion model that scores, of train.py or --official dit|sit;  --difficulty FILE  float (N,), made earlier
         --indices keep.npy     int64 (M,), instead of selecting
+        --images DIR           where DATA has latents only: a data folder with the pixels of these M images, for --visual. Select first (--visual none),
+                               then python data.py SOURCE --indices OUT/keep.npy --out DIR, then attach with --indices OUT/keep.npy --images DIR
 Writes  OUT/keep.npy           int64 (M,), sorted;  OUT/difficulty.npy float32 (N,);  OUT/difficulty.png, OUT/montage.png (easy, middle, hard)
         OUT/text.npy           float16 (K, L, d);  OUT/text_mask.npy bool (K, L)
         OUT/visual.npy         float16 (M, T, d), row j belongs to keep[j]; (M, 2, T, d) with --flips, the mirrored image second
@@ -20,7 +22,6 @@ Writes  OUT/keep.npy           int64 (M,), sorted;  OUT/difficulty.npy float32 (
     python attach.py --data data/digits --reference runs/digits/full/last.pt --per-class 15 --visual ddae --out runs/digits/d2c/attach
 """
 import math
-import os
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,6 +37,7 @@ from models.metrics import frechet_distance, gaussian_stats
 
 SELECT = ("interval", "easy", "hard", "medium", "random", "all")
 OUTPUTS = ("keep.npy", "difficulty.npy", "difficulty.png", "montage.png", "text.npy", "text_mask.npy", "visual.npy")
+SCRAPS = ("judge.npy", "*.seconds.json", "*.part.npy", "*.done.npy")  # of common.fill, for a resume
 
 
 # ---------------------------------------------------------------------------------------------- Select
@@ -70,11 +72,15 @@ def select_ranks(n, m, how, interval="auto"):
     return np.arange(m) + {"easy": 0, "medium": (n - m) // 2, "hard": n - m}[how]
 
 
+def by_class(labels, num_classes):
+    """[rows (n_c,) of class c, ascending]; one sort, not a pass over all labels per class."""
+    return np.split(np.argsort(labels, kind="stable"), np.cumsum(np.bincount(labels, minlength=num_classes))[:-1])
+
+
 def select(s, labels, num_classes, per_class, how, interval="auto"):
     """Sorted indices of min(per_class, n_c) images of each class c by the score s (N,), ties by index. how 'random': s is then a random number."""
     keep = []
-    for c in range(num_classes):
-        idx = np.flatnonzero(labels == c)
+    for idx in by_class(labels, num_classes):
         order, m = idx[np.argsort(s[idx], kind="stable")], min(per_class, len(idx))           # from easy to hard
         keep.append(order[select_ranks(len(order), m, "hard" if how == "random" else how, interval)])
     return np.sort(np.concatenate(keep))
@@ -93,8 +99,7 @@ def load_reference(path, d, official=None):
     """(model, process, latent scale or None) of a checkpoint that fits the data folder. Official weights ('dit', 'sit') name no classes: theirs are
     taken to be in the order of the folder."""
     state, model, process = common.open_checkpoint(path, official)
-    args = {"latent_scale": 0.18215} if official else state["args"]                           # that of Stable Diffusion's VAE, as published
-    want, has, scale = (model.channels, model.size, model.size), {}, None                     # (C, H, W)
+    args, want, has, scale = state["args"], (model.channels, model.size, model.size), {}, None            # (C, H, W)
     if d.images is not None:
         has["images"] = (d.images.shape[3], *d.images.shape[1:3])
     if d.latents is not None:
@@ -125,17 +130,19 @@ def check_inputs(a):
         raise common.UserError(f"{a.data}: class {d.classes[least]!r} has no image; make the folder again without it")
     if a.per_class and sizes[least] < a.per_class and not a.allow_short:
         raise common.UserError(f"--per-class {a.per_class}: class {d.classes[least]!r} has only {sizes[least]} images; lower it, or --allow-short")
-    if d.images is None and (a.visual != "none" or a.judge != "none"):
-        raise common.UserError(f"{a.data}: has no images.npy, only latents; use --visual none --judge none")
+    if d.images is None and (a.judge != "none" or a.visual != "none" and not a.images):
+        raise common.UserError(f"{a.data}: has no images.npy, only latents; use --judge none, and --visual none or --images (see --help)")
     if d.num_classes < 2 and "scratch" in (a.visual, a.judge):
         raise common.UserError(f"{a.data}: has one class only, but the encoder scratch is a classifier; use --judge none or another encoder")
     if a.indices:
         i.keep = common.load_indices(a.indices, len(d.labels), d.labels, d.num_classes)
+        common.check_origin(a.indices, d)
+    i.pixels, i.rows = (pixels_of(a.images, d, i.keep), np.arange(len(i.keep))) if a.images else (d, None)
     if a.difficulty:
         i.scores = np.array(common.load_npy(a.difficulty, f"difficulty, float (N = {len(d.labels)},)", (len(d.labels),), "f"), dtype=np.float32)
         common.check_finite(i.scores, a.difficulty, "difficulty")
         if (record := a.difficulty.with_name("attach.args.json")).is_file():                  # what it cost when it was made still counts
-            i.earlier = common.load_json(record, "the record of attach.py")
+            i.earlier = common.load_record(record)
             if i.earlier.get("inputs", {}).get("data") != d.info["sha256"]:
                 raise common.UserError(f"{a.difficulty}: was made from another data set than {a.data}; score this one with --reference")
     elif a.scoring:
@@ -143,6 +150,20 @@ def check_inputs(a):
     with common.user_errors():
         i.text = minilm_tokens(d.classes) if a.text == "minilm" else text_file(Path(a.text), d) if a.text.endswith(".npy") else None
     return i
+
+
+def pixels_of(folder, d, keep):
+    """The data folder whose image j is image keep[j] of d, as the names in both files.txt tell."""
+    pixels, names = common.open_data(folder), []
+    for f in (d.folder, pixels.folder):
+        try:
+            names.append((f / "files.txt").read_text(encoding="utf-8").splitlines())
+        except (OSError, ValueError) as e:
+            raise common.UserError(f"{f / 'files.txt'}: not readable ({e}); the images cannot be told apart without it")
+    if len(names[0]) != len(d.labels) or names[1] != [names[0][j] for j in keep] or not np.array_equal(pixels.labels, d.labels[keep]):
+        raise common.UserError(f"{folder}: its images are not the {len(keep)} of --indices, in their order; make it with: python data.py "
+                               f"{d.info.get('source', 'SOURCE')} --indices keep.npy --out {folder}")
+    return pixels
 
 
 def half(tokens, where):
@@ -167,43 +188,6 @@ def text_file(path, d):
 
 
 # ---------------------------------------------------------------------------------------------- the work
-def fill(out, name, shape, dtype, batch, compute):
-    """OUT/name.npy of `shape`, row by row: compute(rows (b,)) -> (b, ...). Every process does its part, what an interrupted call did is kept.
-
-    Returns (read-only memory map, seconds for the whole of it). A flag per row is set after the row is on disk.
-    """
-    final, part, flags, note = (out / f"{name}{end}" for end in (".npy", ".part.npy", ".done.npy", ".seconds.json"))
-    if not (final.exists() and note.exists()):
-        if common.rank() == 0 and not (part.exists() and flags.exists()):
-            for path, s, kind in ((flags, shape[:1], np.uint8), (part, shape, dtype)):        # the flags first: zeros are always true
-                with common.atomic(path) as tmp:
-                    np.lib.format.open_memmap(tmp, "w+", kind, s).flush()
-                    with open(tmp, "rb+") as f:                       # a full disk shows here, not as SIGBUS in the middle of a mapped write
-                        os.posix_fallocate(f.fileno(), 0, os.path.getsize(tmp)) if hasattr(os, "posix_fallocate") else None
-        common.barrier()
-        rows, done = (np.lib.format.open_memmap(f, "r+") for f in (part, flags))
-        lo, hi = common.shard(shape[0])
-        todo, start = lo + np.flatnonzero(done[lo:hi] == 0), time.time()
-        batch = max(1, batch // common.world())
-        bar = common.progress(total=hi - lo, initial=hi - lo - len(todo), desc=name, delay=2)
-        for k in range(0, len(todo), batch):
-            ids = todo[k:k + batch]
-            rows[ids] = compute(ids)
-            rows.flush()
-            done[ids] = 1
-            done.flush()
-            bar.update(len(ids))
-        bar.close()
-        seconds = (time.time() - start) * (hi - lo) / max(len(todo), 1)                       # the rows of an earlier call took as long each
-        common.barrier()
-        if common.rank() == 0:
-            common.save_json(note, round(seconds, 3))
-            os.replace(part, final)
-            flags.unlink()
-        common.barrier()
-    return np.load(final, mmap_mode="r", allow_pickle=False), common.load_json(note, "the seconds taken")
-
-
 def score(a, i, out, device, most=2000):
     """difficulty.npy, its seconds, and the repeat correlation on at most 20 classes and `most` images with other noise."""
     d, (model, process, scale) = i.data, i.reference
@@ -222,12 +206,15 @@ def score(a, i, out, device, most=2000):
             bad = rows[int(np.argmin(np.isfinite(s)))]
             raise common.UserError(f"{a.reference}: difficulty of image {bad} is not finite; use --amp none or another checkpoint")
         return s
-    s, seconds = fill(out, "difficulty", (len(d.labels),), np.float32, a.batch_size, lambda rows: scores_of(rows, draws[0]))
-    rng = np.random.default_rng(a.seed)
-    classes = rng.permutation(d.num_classes)[:20]
-    some = np.sort(np.concatenate([rng.permutation(np.flatnonzero(d.labels == c))[:most // len(classes)] for c in classes]))
-    again = common.from_rank0(lambda: np.concatenate([scores_of(some[k:k + a.batch_size], draws[1]) for k in range(0, len(some), a.batch_size)]))
-    return np.array(s), seconds, repeat_correlation(s[some], again, d.labels[some])
+    s, seconds = common.fill(out, "difficulty", (len(d.labels),), np.float32, a.batch_size, lambda rows: scores_of(rows, draws[0]))
+
+    def repeats():
+        rng = np.random.default_rng(a.seed)
+        classes = rng.permutation(d.num_classes)[:20]
+        some = np.sort(np.concatenate([rng.permutation(np.flatnonzero(d.labels == c))[:most // len(classes)] for c in classes]))
+        again = np.concatenate([scores_of(some[k:k + a.batch_size], draws[1]) for k in range(0, len(some), a.batch_size)])
+        return repeat_correlation(s[some], again, d.labels[some])
+    return np.array(s), seconds, common.from_rank0(repeats)
 
 
 def subset_distance(a, d, enc, keep, out, draws=3):
@@ -235,11 +222,14 @@ def subset_distance(a, d, enc, keep, out, draws=3):
     def features(rows):
         with common.user_errors():
             return encoders.extract(enc, d.images, batch_size=len(rows), rows=rows)
-    z, _ = fill(out, "judge", (len(d.labels), enc.width), np.float32, a.batch_size, features)
-    groups, sizes = [np.flatnonzero(d.labels == c) for c in range(d.num_classes)], np.bincount(d.labels[keep], minlength=d.num_classes)
-    full, rng = gaussian_stats(z), np.random.default_rng(a.seed)
-    picks = [keep] + [np.sort(np.concatenate([rng.choice(g, m, replace=False) for g, m in zip(groups, sizes)])) for _ in range(draws)]
-    fd, *random = [frechet_distance(*gaussian_stats(z, index=p), *full) for p in picks]
+    z, _ = common.fill(out, "judge", (len(d.labels), enc.width), np.float32, a.batch_size, features)
+
+    def distances():
+        groups, sizes = by_class(d.labels, d.num_classes), np.bincount(d.labels[keep], minlength=d.num_classes)
+        full, rng = gaussian_stats(z), np.random.default_rng(a.seed)
+        picks = [keep] + [np.sort(np.concatenate([rng.choice(g, m, replace=False) for g, m in zip(groups, sizes)])) for _ in range(draws)]
+        return [frechet_distance(*gaussian_stats(z, index=p), *full) for p in picks]
+    fd, *random = common.from_rank0(distances)
     return fd, random
 
 
@@ -273,7 +263,7 @@ def pictures(out, d, s, keep, title, most=12, side=4):
 
 
 def attach_visual(a, d, enc, keep, out):
-    """visual.npy: patch tokens of the kept images, and what an alignment to them has to beat."""
+    """visual.npy: patch tokens of the images `keep` of d, and what an alignment to them has to beat."""
     with common.user_errors():
         T, width = enc.tokens(torch.from_numpy(np.array(d.images[keep[:1]])).to(enc.device)).shape[1:]
     shape = (len(keep), *[2] * a.flips, T, width)
@@ -285,9 +275,10 @@ def attach_visual(a, d, enc, keep, out):
             for j in range(1 + a.flips):
                 encoders.extract(enc, d.images, batch_size=len(rows), kind="tokens", out=v[:, j] if a.flips else v, rows=keep[rows], flip=j == 1)
         return v
-    v, seconds = fill(out, "visual", shape, np.float16, a.batch_size, tokens)
+    v, seconds = common.fill(out, "visual", shape, np.float16, a.batch_size, tokens)
     some = np.unique(np.linspace(0, len(v) - 1, min(len(v), max(1, 2**26 // v[0].size))).astype(int))           # at most 256 MB as float32
-    figures = {"seconds_visual": seconds, "visual_megabytes": round(v.nbytes / 1e6, 3), "mean_token_cosine": round(mean_token_cosine(v[some]), 4)}
+    cosine = common.from_rank0(lambda: mean_token_cosine(v[some]))
+    figures = {"seconds_visual": seconds, "visual_megabytes": round(v.nbytes / 1e6, 3), "mean_token_cosine": round(cosine, 4)}
     common.log(f"attach.py: visual tokens {v.shape}: {figures['visual_megabytes']:,} MB in {seconds:.1f} s; one constant vector reaches the cosine "
                f"{figures['mean_token_cosine']:.3f}: an alignment below that has learned nothing")
     return figures
@@ -313,7 +304,7 @@ def attach(a, i, stage, device):
     """Encoders -> text -> difficulty -> kept indices -> distance of the subset -> visual tokens; returns the figures for attach.args.json."""
     d, out, main, s = i.data, stage.out, common.rank() == 0, i.scores
     judge = common.open_encoder(a.judge, d, device, a.judge_weights) if a.judge != "none" else None
-    visual = common.open_encoder(a.visual, d, device, a.visual_weights) if a.visual != "none" else None
+    visual = common.open_encoder(a.visual, i.pixels, device, a.visual_weights) if a.visual != "none" else None
     aligned, selected = judge and visual and judge.identity == visual.identity, a.scoring and a.judge == "ddae" and a.judge_weights == a.reference
     if aligned or selected:
         common.log(f"attach.py: warning: circular judging: {a.judge} judges the subset and {'is aligned to' if aligned else 'selected it'} as well; "
@@ -335,7 +326,7 @@ def attach(a, i, stage, device):
     if s is not None and figures["repeat_correlation"] is not None:
         common.log(f"attach.py: difficulty {s.min():.4f} .. {s.max():.4f}, mean {s.mean():.4f}; within a class the ranking repeats under other noise "
                    f"at {figures['repeat_correlation']:.2f} (Spearman)")
-    keep, how = choose(a, i, s)
+    keep, how = common.from_rank0(lambda: choose(a, i, s))
     sizes = np.bincount(d.labels[keep])
     figures.update(kept=len(keep), chosen=how)
     common.log(f"attach.py: kept {len(keep)} of {len(d.labels)} images, per class {sizes.min()}..{sizes.max()} ({how})")
@@ -349,7 +340,7 @@ def attach(a, i, stage, device):
         common.log(f"attach.py: FD ({a.judge}, {judge.width} wide) of the subset to the full set {fd:.4g}; of {len(random)} random subsets with as "
                    f"many images of each class {', '.join(f'{r:.4g}' for r in random)}")
     if visual:
-        figures.update(attach_visual(a, d, visual, keep, out), visual=visual.identity)
+        figures.update(attach_visual(a, i.pixels, visual, keep if i.rows is None else i.rows, out), visual=visual.identity)
     return figures
 
 
@@ -370,6 +361,7 @@ def parse_args(argv=None):
     p.add_argument("--interval", type=interval_type, help="every K-th rank from the easiest: a number, auto or span; default auto")
     p.add_argument("--allow-short", action="store_true", help="a class with fewer images than --per-class gives all it has")
     p.add_argument("--indices", type=Path, help="keep.npy: attach to these images instead of selecting")
+    p.add_argument("--images", type=Path, help="data folder with the pixels of the --indices, where DATA has latents only")
     p.add_argument("--text", default="minilm", help="none, minilm (embedded), a T5 or CLIP text model by name or folder, or FILE.npy (K, L, d)")
     p.add_argument("--prompt", help=f"what a text model of transformers reads; default {PROMPT!r}")
     p.add_argument("--visual", choices=("none", *(k for k, v in encoders.ENCODERS.items() if v.tokens)), default="none",
@@ -378,7 +370,7 @@ def parse_args(argv=None):
     p.add_argument("--flips", action="store_true", help="store the tokens of the mirrored images too, so that train.py may mirror")
     p.add_argument("--judge", choices=("none", *encoders.ENCODERS), default="scratch", help="encoder of FD(subset -> full set)")
     p.add_argument("--judge-weights", type=Path, help="its weights")
-    p.add_argument("--batch-size", type=common.count, default=256, help="images at once, over all processes")
+    p.add_argument("--batch-size", type=common.batch_type, default=256, help="images at once, over all processes")
     p.add_argument("--amp", choices=common.AMP, default="none", help="precision of the scoring model")
     p.add_argument("--seed", type=common.seed_type, default=0, help="of the noise and of --select random")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -409,6 +401,8 @@ def check_flags(a, p):
         a.visual_weights = a.reference or p.error("--visual ddae needs --visual-weights CHECKPOINT or --reference CHECKPOINT")
     if a.judge == "ddae" and not a.judge_weights:
         p.error("--judge ddae needs --judge-weights CHECKPOINT")
+    if a.images and (not a.indices or a.visual == "none"):
+        p.error("--images holds the pixels of the images of --indices, for --visual; give both, or leave it out")
     if a.visual == "none" and (a.flips or a.visual_weights):
         p.error("--flips and --visual-weights do nothing with --visual none; leave them out, or name an encoder")
     if a.judge == "none" and a.judge_weights:
@@ -432,33 +426,24 @@ def main(argv=None):
               "judge_weights": a.judge_weights, "text": text, "text_mask": mask if mask and mask.exists() else None}
     for name, path in inputs.items():
         if path and not path.is_file() and not (name == "judge_weights" and a.judge == "clip"):            # clip takes a folder
-            raise common.UserError(f"{path}: no such file (--{name.replace('_', '-')})")
+            raise common.UserError(f"{path}: no such file (--{name.replace('_', '-')}); give one")
     outputs = ["keep.npy", *["text.npy", "text_mask.npy"] * (a.text != "none"), *["visual.npy"] * (a.visual != "none"),
                *["difficulty.npy", "difficulty.png"] * (a.scoring or a.difficulty is not None)]
-    stage = common.Stage("attach", a.out, a, {"data": i.data.info, **{k: v for k, v in inputs.items() if v and v.is_file()}}, outputs,
-                         ("batch_size", "scoring"), a.overwrite)
+    stage = common.Stage("attach", a.out, a, {"data": i.data.info, "images": i.pixels.info if a.images else None,
+                                        **{k: v for k, v in inputs.items() if v and v.is_file()}}, outputs,
+                         ("batch_size", "scoring"), a.overwrite, stale=OUTPUTS, scraps=SCRAPS)
     try:
         if stage.done:
             return
-        if not stage.resuming and common.rank() == 0:                 # a file of another run must never pass for this one's
-            tidy(stage.out, OUTPUTS)
-        common.barrier()
         stage.finish(**attach(a, i, stage, common.get_device(a.device)))
-        if common.rank() == 0:
-            tidy(stage.out, ["judge.npy"])
     except common.UserError:                                          # found late (an encoder's weights): leave no half-made record
         if common.rank() == 0 and not stage.resuming:
-            tidy(stage.out, (*OUTPUTS, "attach.args.json"))
+            for path in (f for name in (*OUTPUTS, *SCRAPS, "attach.args.json") for f in stage.out.glob(name)):
+                path.unlink()
             stood or stage.out.rmdir()
         raise
     finally:
         stage.release()
-
-
-def tidy(out, names):
-    """Remove these files, and what fill() keeps for a resume."""
-    for path in (*(out / n for n in names), *out.glob("*.seconds.json"), *out.glob("*.part.npy"), *out.glob("*.done.npy")):
-        path.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,19 @@ SOURCE  digits     1 797 real 8x8 handwritten digits, embedded (data/digits.npz)
         FILE.npz   images uint8 (N, H, W) or (N, H, W, C); labels; classes; test_images, test_labels (all but images optional); or ADM's arr_0, arr_1
         DATA       a data folder made earlier, to export a part of it or another size
 --size S resizes and centre-crops as ADM does (Dhariwal & Nichol 2021, and as DiT and SiT take it over).
+--vae V  adds the latents of a VAE (an AutoencoderKL of diffusers, by name or folder): the posterior's mean and std of every image, unscaled, from
+         which train.py draws anew in every step. --latents-only stores no pixels: images are decoded, cropped, encoded and forgotten, the held-out
+         split is left out. torchrun shares the encoding out; rank 0 alone does the rest while the others wait. To resume: the same command again.
+         What needs pixels of a kept subset later (attach.py --images) gets them from the same source: --indices keep.npy --out D.
 
 Writes  OUT/images.npy uint8 (N, H, W, C), order of the source kept;  labels.npy int64 (N,);  classes.txt, files.txt;  dataset.json;  preview.png;
         OUT/test_images.npy, test_labels.npy where a split is held out.
+        With --vae: OUT/latents.npy float16 (N, 2c, h, w), mean and std;  latents.json: VAE, scale, mean and std of the scaled draws, sha256
         With --as-folder: OUT/CLASS/INDEX.png instead; OUT/train/... and OUT/test/... where a split is held out.
 
     python data.py cifar10 --out data/cifar10
     python data.py ~/photos --size 64 --out data/photos
+    torchrun --nproc_per_node 8 data.py ~/imagenet --size 256 --vae stabilityai/sd-vae-ft-ema --latents-only --batch-size 512 --out data/imagenet
     python data.py data/cifar10 --indices runs/cifar10/pruned/prune/keep.npy --as-folder --out export/cifar10_pruned
 """
 import contextlib
@@ -31,6 +37,7 @@ import tempfile
 import threading
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -143,17 +150,21 @@ def chunks(rows, size=64):
     return [(lo, rows[lo:lo + size]) for lo in range(0, len(rows), size)]
 
 
+def room(file, shape, dtype=np.uint8):
+    """Refuse an array that the disk does not hold, and say beforehand when it is large."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    if size > shutil.disk_usage(Path(file).parent).free:
+        raise UserError(f"{Path(file).parent}: {size / 1e9:.2f} GB needed for {shape[0]} x {shape[1:]} of {np.dtype(dtype)}, less is free; make room or "
+                        "use a smaller --size")
+    if size > 1e9:
+        common.log(f"data.py: {size / 1e9:.1f} GB will be written to {Path(file).parent}")
+
+
 def allocate(file, shape):
-    """An empty uint8 .npy with its disk space reserved: writing to a memory map of a full disk would kill the process."""
-    if math.prod(shape) > shutil.disk_usage(Path(file).parent).free:
-        raise UserError(f"{Path(file).parent}: {math.prod(shape) / 1e9:.2f} GB needed for {shape[0]} images of {shape[1:]}, less is free; make room "
-                        "or use a smaller --size")
-    if math.prod(shape) > 1e9:
-        common.log(f"data.py: {math.prod(shape) / 1e9:.1f} GB will be written to {Path(file).parent}")
-    out = np.lib.format.open_memmap(file, "w+", np.uint8, shape)
-    with contextlib.suppress(OSError, AttributeError), open(file, "rb+") as f:    # a courtesy that not every file system offers
-        os.posix_fallocate(f.fileno(), 0, os.path.getsize(file))
-    return out
+    """A uint8 .npy of zeros with its disk space reserved: writing to a memory map of a full disk would kill the process."""
+    room(file, shape)
+    common.allocate(file, np.uint8, shape)
+    return np.load(file, mmap_mode="r+")
 
 
 def fill(file, images, size, workers, skip_bad, what):
@@ -171,7 +182,7 @@ def fill(file, images, size, workers, skip_bad, what):
             break
     else:
         if not size:
-            raise UserError(f"{images[0].parent}: none of the {n} images is readable")
+            raise UserError(f"{images[0].parent}: none of the {n} images is readable; mend or replace them")
     allocate(file, (n, *shape, images.shape[3] if is_array else 3))
     results = run_chunks(functools.partial(decode_chunk, file=file, size=size), chunks(images), workers, what, n)
     with contextlib.closing(results):                                 # an error below stops the workers at once
@@ -297,44 +308,14 @@ def scan_folder(top):
     return SimpleNamespace(classes=[printable(c) for c in classes or ["image"]], splits=splits, meta={})
 
 
-def free_memory():
-    """Bytes that can be had: Linux counts what its file cache would give back, elsewhere all memory."""
-    try:
-        return int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
-    except (OSError, TypeError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
 def read_npz(path):
-    """An .npz as a source. What each member claims to be is compared with its size in the archive and with memory before anything is loaded."""
-    import zipfile
-    headers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    arrays = {}
-    try:
-        with zipfile.ZipFile(path) as z:
-            members = {m.filename.removesuffix(".npy"): m for m in z.infolist()}
-            adm = "images" not in members and "arr_0" in members
-            for name in ("images", "labels", "classes", "test_images", "test_labels"):
-                key = {"images": "arr_0", "labels": "arr_1"}.get(name, name) if adm else name
-                if key not in members:
-                    continue
-                with z.open(members[key]) as f:                       # first the header alone
-                    shape, _, dtype = headers[np.lib.format.read_magic(f)](f)
-                    claim = math.prod(shape) * dtype.itemsize
-                    if dtype.hasobject:
-                        raise UserError(f"{path}: '{key}' holds pickled objects, which are never read; save it as a plain array")
-                    if claim != members[key].file_size - f.tell():
-                        raise UserError(f"{path}: damaged: '{key}' claims {claim} bytes but holds {members[key].file_size - f.tell()}")
-                    if claim > free_memory():
-                        raise UserError(f"{path}: '{key}' needs {claim / 1e9:.1f} GB of memory, more than is free; use a folder of images")
-                with z.open(members[key]) as f:
-                    arrays[name] = np.lib.format.read_array(f, allow_pickle=False)
-    except UserError:
-        raise
-    except Exception as e:                                            # zipfile, zlib and numpy each raise their own on damaged files
-        raise UserError(f"{path}: not a readable .npz ({type(e).__name__}: {e}); write it with np.savez(path, images=..., labels=...)")
+    """An .npz as a source."""
+    arrays = common.load_npz(path, ("images", "labels", "classes", "test_images", "test_labels", "arr_0", "arr_1"),
+                             "an .npz of np.savez(path, images=..., labels=...) with images uint8 (N, H, W, C), or ADM's arr_0 and arr_1,")
     if "images" not in arrays:
-        raise UserError(f"{path}: holds {', '.join(members) or 'nothing'}, but 'images' uint8 (N, H, W, C) is needed, or ADM's 'arr_0'")
+        arrays = {**arrays, **{name: arrays[adm] for name, adm in (("images", "arr_0"), ("labels", "arr_1")) if adm in arrays}}
+    if "images" not in arrays:
+        raise UserError(f"{path}: holds {', '.join(arrays)}, but 'images' uint8 (N, H, W, C) is needed, or ADM's 'arr_0'")
     splits = {}
     for prefix in [p for p in SPLITS if f"{p}images" in arrays]:
         x, y = arrays[f"{prefix}images"], arrays.get(f"{prefix}labels")
@@ -348,23 +329,31 @@ def read_npz(path):
         splits[prefix] = split_of(x.reshape(*x.shape[:3], -1), y.reshape(-1), (f"{prefix}images[{i}]" for i in range(len(x))))
     train, test = splits[""], splits.get("test_")
     if test and test.images.shape[1:] != train.images.shape[1:]:
-        raise UserError(f"{path}: test_images are {test.images.shape[1:]}, but images are {train.images.shape[1:]}")
+        raise UserError(f"{path}: test_images are {test.images.shape[1:]}, but images are {train.images.shape[1:]}; both must be alike")
     low, high = int(train.labels.min()), int(train.labels.max())
     if low < 0 or high >= len(train.labels) or (np.bincount(train.labels) == 0).any():
         raise UserError(f"{path}: labels run {low}..{high}, but must be 0..K-1 with at least one image of each class")
     if test and (test.labels.min() < 0 or test.labels.max() > high):
-        raise UserError(f"{path}: test_labels run {test.labels.min()}..{test.labels.max()}, but labels run 0..{high}")
+        raise UserError(f"{path}: test_labels run {test.labels.min()}..{test.labels.max()}, but must be among the labels, 0..{high}")
     classes = [printable(str(c)) for c in arrays["classes"].astype(str).ravel()] if "classes" in arrays else None
     if classes and (len(classes) != high + 1 or len(set(classes)) < len(classes)):
         raise UserError(f"{path}: {len(classes)} names in 'classes' for {high + 1} classes; there must be one each, all different")
     return SimpleNamespace(classes=classes or (["image"] if high == 0 else [str(k) for k in range(high + 1)]), splits=splits, meta={})
 
 
+def open_pixels(folder):
+    """common.open_data of a folder that has to hold pixels."""
+    d = common.open_data(folder, pixels=False)
+    if d.images is None:
+        raise UserError(f"{folder}: holds latents only; take the source that it was made from, {d.info.get('source', 'see its dataset.json')}")
+    return d
+
+
 def read_data_folder(folder):
     """A data folder made earlier as a source."""
-    d = common.open_data(folder)
+    d = open_pixels(folder)
     files = folder / "files.txt"
-    names = files.read_text(encoding="utf-8").splitlines() if files.is_file() else [f"images[{i}]" for i in range(len(d.labels))]
+    names = common.load_lines(files) if files.exists() else [f"images[{i}]" for i in range(len(d.labels))]
     if len(names) != len(d.labels):
         raise UserError(f"{files}: {len(names)} names for {len(d.labels)} images; make the data folder again")
     splits = {"": split_of(d.images, d.labels, names)}
@@ -384,11 +373,15 @@ def read_source(name, root):
 
 
 # ---- output
-def content_sha256(images, labels):
-    """Hex sha256 of "shape", then the pixels in C order, then the labels as little-endian int64: the same whatever wrote the files."""
+def content_sha256(images, labels, look=lambda rows: None):
+    """Hex sha256 of "shape", then the pixels in C order, then the labels as little-endian int64: the same whatever wrote the files.
+
+    look(rows) sees every chunk on the way, so that nothing large is read twice.
+    """
     h = hashlib.sha256(str(tuple(map(int, images.shape))).encode())
     for _, rows in chunks(images, 1024):
         h.update(np.ascontiguousarray(rows))
+        look(rows)
     h.update(labels.astype("<i8"))
     return h.hexdigest()
 
@@ -455,16 +448,44 @@ def is_data_folder(path):
     return (Path(path) / "dataset.json").is_file() and (Path(path) / "labels.npy").is_file()
 
 
-def build(args, source):
-    """Decode, check and write everything; dataset.json comes last. Returns its content."""
-    train = source.splits[""]
-    index = {p: np.arange(len(s.files)) for p, s in source.splits.items()}
+def take_subset(args, source):
+    """Reduce the training split to --indices. Returns {prefix: rows of the source that are left}."""
+    train, index = source.splits[""], {p: np.arange(len(s.files)) for p, s in source.splits.items()}
     if args.indices:
         index[""] = common.load_indices(args.indices, len(train.files), train.labels, len(source.classes))
         rows = train.images
         train.images = [rows[i] for i in index[""]] if isinstance(rows, list) else rows[index[""]]
         train.labels, train.files = train.labels[index[""]], [train.files[i] for i in index[""]]
-    skipped = 0
+    return index
+
+
+def describe(args, source, height, width, channels, **more):
+    """The content of dataset.json but for the hash."""
+    labels, test = source.splits[""].labels, source.splits.get("test_")
+    counts = np.bincount(labels, minlength=len(source.classes))
+    return {"name": Path(args.source).stem, "num_images": len(labels), "num_classes": len(counts), "height": height, "width": width,
+            "channels": channels, "num_test": len(test.labels) if test else 0, "class_counts": counts.tolist(), "source": args.source,
+            "indices": args.indices and str(args.indices), **source.meta, **more}
+
+
+def clear_old(out):
+    """The old content goes: what other stages derived from it, and its description first of all."""
+    for name in ("dataset.json", "latents*", "scratch.pt", "test_images.npy", "test_labels.npy", "stats_*.npz"):
+        for old in out.glob(name):
+            old.unlink()
+
+
+def write_labels(out, source):
+    for prefix, split in source.splits.items():
+        common.save_npy(out / f"{prefix}labels.npy", split.labels)
+    common.save_text(out / "classes.txt", "\n".join(source.classes) + "\n")
+    common.save_text(out / "files.txt", "\n".join(source.splits[""].files) + "\n")
+
+
+def build(args, source, vae=None):
+    """Decode, check and write everything but latents; the description comes last. Returns its content."""
+    train = source.splits[""]
+    index, skipped = take_subset(args, source), 0
     with tempfile.TemporaryDirectory(dir=args.out, prefix=".data.") as tmp:
         files = {p: os.path.join(tmp, f"{p}images.npy") for p in source.splits}
         for prefix, split in source.splits.items():
@@ -478,36 +499,134 @@ def build(args, source):
             split.images = np.load(files[prefix], mmap_mode="r")      # (N, H, W, C)
         counts = np.bincount(train.labels, minlength=len(source.classes))
         if (counts == 0).any():
-            raise UserError(f"{args.source}: class '{source.classes[int(np.argmin(counts))]}' has no readable image left")
+            raise UserError(f"{args.source}: class '{source.classes[int(np.argmin(counts))]}' has no readable image left; give it some or leave the class out")
         test = source.splits.get("test_")
         if test and test.images.shape[1:3] != train.images.shape[1:3]:
             raise UserError(f"{args.source}: held-out images are {test.images.shape[1:3]}, but the others {train.images.shape[1:3]}; give --size S")
-        n, height, width, channels = train.images.shape
-        info = {"name": Path(args.source).stem, "num_images": n, "num_classes": len(counts), "height": height, "width": width, "channels": channels,
-                "num_test": len(test.labels) if test else 0, "class_counts": counts.tolist(), "skipped": skipped, "source": args.source,
-                "indices": args.indices and str(args.indices), **source.meta, "sha256": content_sha256(train.images, train.labels)}
+        if vae:
+            room(args.out / "latents.npy", latent_shape(vae, *train.images.shape[:3]), np.float16)
+        info = describe(args, source, *train.images.shape[1:], skipped=skipped, sha256=content_sha256(train.images, train.labels))
         if test:
             info["sha256_test"] = content_sha256(test.images, test.labels)
         if args.as_folder:
             write_pngs(args.out, files, source, index, args.workers)
             return info
         sheet = preview(train.images, train.labels, len(counts), args.seed)
-        # From here on the old content goes: what other stages derived from it, and its description first of all.
-        for name in ("dataset.json", "latents.npy", "latents.json", "scratch.pt", "test_images.npy", "test_labels.npy", "stats_*.npz"):
-            for old in args.out.glob(name):
-                old.unlink()
+        clear_old(args.out)
         for prefix, file in files.items():
             with open(file, "rb+") as f:
                 os.fsync(f.fileno())
             os.replace(file, args.out / f"{prefix}images.npy")
-    for prefix, split in source.splits.items():
-        common.save_npy(args.out / f"{prefix}labels.npy", split.labels)
-    common.save_text(args.out / "classes.txt", "\n".join(source.classes) + "\n")
-    common.save_text(args.out / "files.txt", "\n".join(train.files) + "\n")
+    write_labels(args.out, source)
     with common.atomic(args.out / "preview.png") as tmp:
         sheet.save(tmp)
-    common.save_json(args.out / "dataset.json", info)
+    common.save_json(args.out / (BEGUN if vae else "dataset.json"), info)
     return info
+
+
+# ---- latents
+BEGUN = "latents.begun.json"                                          # dataset.json while the latents are being made: all else is complete
+
+
+def latent_shape(vae, n, height, width):
+    """(N, 2c, h, w) of the latents of n images."""
+    if height % vae.factor or width % vae.factor:
+        raise UserError(f"images of {height} x {width}: VAE {vae.name} needs sides that are multiples of {vae.factor}; give --size S")
+    return n, 2 * vae.channels, height // vae.factor, width // vae.factor
+
+
+def side_of(images, size):
+    """(H, W) that every image has to come out with: --size, or that of the first."""
+    try:
+        return (size, size) if size else read_image(images[0])[0].shape[:2]
+    except Exception as e:                                            # on damaged files Pillow's plugins raise a dozen kinds
+        raise UserError(f"{image_name(images, 0)}: unreadable image ({type(e).__name__}: {e}); mend or remove it")
+
+
+def image_name(images, row):
+    return f"images[{row}]" if isinstance(images, np.ndarray) else str(images[row])
+
+
+def begin_latents(args, source, vae):
+    """A data folder without pixels, up to the latents: labels.npy, classes.txt, files.txt and the description."""
+    train, test = source.splits[""], source.splits.pop("test_", None)
+    if test:
+        common.log(f"data.py: note: the {len(test.labels)} held-out images are left out, --latents-only stores no pixels")
+    take_subset(args, source)
+    height, width = side_of(train.images, args.size)
+    room(args.out / "latents.npy", latent_shape(vae, len(train.labels), height, width), np.float16)
+    clear_old(args.out)
+    for name in ("images.npy", "preview.png"):
+        (args.out / name).unlink(missing_ok=True)
+    write_labels(args.out, source)
+    common.save_json(args.out / BEGUN, describe(args, source, height, width, 3, skipped=0))
+
+
+def pixel_reader(images, size, shape, pool):
+    """read(rows) -> uint8 (b, H, W, 3) of a list of files or an array, decoded and cropped by the threads of `pool`, which go on with as many rows
+    behind them while the VAE works: Pillow decodes outside the interpreter's lock."""
+    coming = {}
+
+    def one(row):
+        try:
+            pixels = read_image(images[row], size)[0]
+        except Exception as e:                                        # on damaged files Pillow's plugins raise a dozen kinds
+            raise UserError(f"{image_name(images, row)}: unreadable image ({type(e).__name__}: {e}); mend it and run the same command again, or "
+                            "remove it and use --overwrite")
+        if pixels.shape[:2] != shape:
+            raise UserError(f"{image_name(images, row)}: {pixels.shape[1]}x{pixels.shape[0]} pixels, but the first image has {shape[1]}x{shape[0]}; "
+                            "give --size S to bring all to S x S")
+        return pixels
+
+    def read(rows):
+        rows = rows.tolist()
+        jobs = [coming.pop(r, None) or pool.submit(one, r) for r in rows]
+        after = range(rows[-1] + 1, min(rows[-1] + 1 + len(rows), len(images)))
+        coming.update({r: pool.submit(one, r) for r in after if r not in coming})
+        for r in set(coming).difference(after):                       # not asked for: an interrupted call had done them
+            coming.pop(r).cancel()
+        return np.stack([job.result() for job in jobs])
+    return read
+
+
+def encode(args, info, vae, device):
+    """latents.npy, by every process its part, then latents.json and dataset.json by rank 0. info: what was begun."""
+    import torch
+    from PIL import Image
+    from models.diffusion import to_pixels
+    from models.encoders import latent_moments, latent_sums
+    out, labels, size = args.out, np.load(args.out / "labels.npy"), None
+    if args.latents_only:
+        source, size = read_source(args.source, args.root), args.size
+        take_subset(args, source)
+        images, files = source.splits[""].images, source.splits[""].files
+        if not np.array_equal(source.splits[""].labels, labels) or "\n".join(files) + "\n" != (out / "files.txt").read_text(encoding="utf-8"):
+            raise UserError(f"{args.source}: holds other images than when {out} was begun; use --overwrite to encode it from the start")
+    else:
+        images = np.load(out / "images.npy", mmap_mode="r")
+    shape = latent_shape(vae, len(labels), info["height"], info["width"])
+    workers = max(1, args.workers // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+    def compute(rows):
+        z = vae.encode(to_pixels(torch.from_numpy(read(rows)).to(device))).half()             # (b, 2c, h, w)
+        sound = z.isfinite().flatten(1).all(1).tolist()
+        if not all(sound):
+            raise UserError(f"{image_name(images, rows[sound.index(False)])}: its latent is not finite in float16; is {args.vae} the VAE you meant?")
+        return z.cpu().numpy()
+    with ThreadPoolExecutor(workers) as pool, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)             # Pillow only warns up to twice its limit
+        read = pixel_reader(images, size, (info["height"], info["width"]), pool)
+        z, seconds = common.fill(out, "latents", shape, np.float16, args.batch_size, compute)
+    common.log(f"data.py: {z.nbytes / 1e6:,.1f} MB of latents {shape} of {args.vae}, {seconds:.1f} s over all processes")
+
+    def describe_latents():
+        sums = np.zeros(3)
+        digest = content_sha256(z, labels, lambda rows: np.add(sums, latent_sums(rows), out=sums))
+        mean, std = latent_moments(sums, vae.scale)
+        common.save_json(out / "latents.json", {"vae": args.vae, "scale": vae.scale, "mean": mean, "std": std, "sha256": digest})
+        common.save_json(out / "dataset.json", {"sha256": digest, **info})                    # without pixels the latents are what the set is known by
+    common.from_rank0(describe_latents)
 
 
 # ---- command line
@@ -520,6 +639,10 @@ def parse_args(argv=None):
     p.add_argument("--size", type=common.number(int, low=1, high=65500), help="side of the square images; without it all must have one size")
     p.add_argument("--root", type=Path, default=cache, help="cifar10 only: the folder that holds cifar-10-batches-py, or gets the download")
     p.add_argument("--indices", type=Path, help="keep.npy of prune.py or attach.py: export these training images; a held-out split goes along")
+    p.add_argument("--vae", help="also encode to latents: stabilityai/sd-vae-ft-ema, another AutoencoderKL of diffusers, or its folder")
+    p.add_argument("--latents-only", action="store_true", help="with --vae: store no pixels")
+    p.add_argument("--batch-size", type=common.count, default=32, help="images that the VAE encodes at a time, over all processes")
+    p.add_argument("--device", default="auto", help="of the VAE: auto, cpu, cuda or cuda:N")
     p.add_argument("--as-folder", action="store_true", help="write a folder of PNG files instead of arrays")
     p.add_argument("--skip-bad", action="store_true", help="leave unreadable images out, name and count them, instead of stopping")
     p.add_argument("--workers", type=common.number(int, low=1, high=1024), default=cores, help="processes that decode; does not change the result")
@@ -531,8 +654,10 @@ def parse_args(argv=None):
 @common.command
 def main(argv=None):
     args = parse_args(argv)
-    common.single_process("data.py")
-    start, path = time.time(), Path(args.source).expanduser()
+    if not args.vae:
+        common.single_process("data.py without --vae")
+    start, path = time.time(), Path(os.path.expanduser(args.source))    # (Path's own raises where there is no such user)
+    common.free_for_output(args.out)
     folder = args.source not in ("digits", "cifar10") and path.is_dir()
     if args.source not in ("digits", "cifar10"):
         if not path.exists():
@@ -542,6 +667,10 @@ def main(argv=None):
         args.source = str(path.resolve())
         if folder and path.resolve() in (args.out.resolve(), *args.out.resolve().parents):
             raise UserError(f"{args.out}: lies in the source {path}, which must stay as it is; choose another --out")
+    if args.latents_only and not args.vae or args.vae and args.as_folder:
+        raise UserError("--latents-only needs --vae; --as-folder writes pictures, which have no latents: leave --vae out")
+    if args.skip_bad and args.latents_only:
+        raise UserError("--skip-bad with --latents-only: rows left out would shift the indices of what is later taken from the source; mend the images")
     if args.skip_bad and args.indices and not (folder and is_data_folder(path)):
         raise UserError("--indices with --skip-bad: rows left out would shift the indices; make a data folder first, export from that")
     if args.indices:
@@ -549,25 +678,40 @@ def main(argv=None):
     npz = DIGITS if args.source == "digits" else None if folder or args.source == "cifar10" else args.source
     inputs = {"indices": args.indices, "npz": npz}
     if folder and is_data_folder(path):
-        inputs["data"] = common.open_data(path).info
+        inputs["data"] = open_pixels(path).info
     record_file = args.out / "data.args.json"
     record = record_file.read_text(encoding="utf-8") if record_file.is_file() else None
     if args.as_folder and args.out.is_dir() and any(args.out.iterdir()) and (record is None or args.overwrite):
         raise UserError(f"{args.out}: --as-folder writes into a new folder, and this one holds something; remove it or choose another --out")
+    vae = device = None
+    if args.vae:
+        args.vae = str(Path(args.vae).resolve()) if Path(args.vae).is_dir() else args.vae
+        device = common.get_device(args.device)
+        from models.encoders import load_vae
+        with common.user_errors():
+            vae = load_vae(args.vae, device)
     new_folders = [p for p in (args.out, *args.out.parents) if not p.exists()]
-    outputs = () if args.as_folder else ("dataset.json",)
-    stage = common.Stage("data", args.out, args, inputs, outputs, free=("workers", "root"), overwrite=args.overwrite)
+    outputs = () if args.as_folder else ("dataset.json", *["latents.npy", "latents.json"] * bool(vae))
+    stage = common.Stage("data", args.out, args, inputs, outputs, free=("workers", "root", "batch_size"), overwrite=args.overwrite,
+                         scraps=(BEGUN, "latents.seconds.json"))
     if stage.done:
         return stage.release()
-    with undone_on_failure(stage, record, new_folders):
-        for stale in args.out.glob(".data.*"):                        # left by a call that was killed; the lock says that nobody else is at work
-            shutil.rmtree(stale)
-        info = build(args, read_source(args.source, args.root))
-        stage.finish()
+    begun = args.out / BEGUN
+    if common.rank() == 0:
+        if not begun.exists():
+            with undone_on_failure(stage, record, new_folders):
+                for stale in args.out.glob(".data.*"):                # left by a call that was killed; the lock says that nobody else is at work
+                    shutil.rmtree(stale)
+                source = read_source(args.source, args.root)
+                info = begin_latents(args, source, vae) if args.latents_only else build(args, source, vae)
+    if vae:                                                           # the others wait here as long as rank 0 takes
+        info = common.from_rank0(lambda: common.load_json(begun, "the description of the latents begun"))
+        encode(args, info, vae, device)
+    stage.finish()
     counts, seconds = info["class_counts"], time.time() - start
     common.log(f"data.py: {args.out}: {info['num_images']} images {info['height']}x{info['width']}x{info['channels']}, "
                f"{info['num_classes']} classes of {min(counts)} to {max(counts)}, {info['num_test']} held out" +
-               f", {info['skipped']} skipped" * (info["skipped"] > 0) +
+               f", {info['skipped']} skipped" * (info["skipped"] > 0) + f", latents of {args.vae}" * bool(vae) +
                f"; {seconds:.1f} s, {(info['num_images'] + info['num_test']) / seconds:.0f} images/s")
     if min(counts) < 10:
         common.log(f"data.py: warning: {sum(c < 10 for c in counts)} classes hold fewer than 10 images, the smallest {min(counts)}")

@@ -1,7 +1,8 @@
 """Stage 6: measure samples against the FULL training set, and ask whether they are copies of what the model has seen.
 
-For one run or several in one process (the reference is encoded once). The distance is called FID only on pytorch-fid's Inception features;
-on any other encoder it is FD with the encoder's name. Figures depend on n, so n is always printed.
+For one run or several at once (the reference is encoded once). torchrun spreads the encoding and the drawing of trajectories; the first process
+measures. The distance is called FID only on pytorch-fid's Inception features; on any other encoder it is FD with the encoder's name.
+Figures depend on n, so n is always printed.
 
 Reads   RUN/samples.npy, sample_labels.npy, sample.args.json, train.args.json; or --samples FILE|FOLDER (.npy, .npz with arr_0 or images, pictures)
         DATA/                the data folder; its statistics are cached as DATA/stats_<encoder>.npz (mu, sigma, n)
@@ -12,6 +13,7 @@ Writes  RUN/metrics.json     every figure under its encoder, with the protocol; 
 """
 import hashlib
 import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,10 +21,10 @@ import numpy as np
 import torch
 
 import common
-import models
-from models import encoders, metrics
-from models.diffusion import generate, to_uint8
+from models import diffusion, encoders, metrics
+from models.diffusion import to_uint8
 
+AUDIT_BYTES = 16e9                                                    # a space whose vectors would take more memory is left out of the audit
 DRAWN_WITH = ("sampler", "steps", "cfg", "cfg_interval", "labels", "seed", "eta", "variance", "amp")     # of sample.args.json
 
 
@@ -35,12 +37,8 @@ def read_samples(path):
     if path.is_dir():
         images = read_folder(path)
     elif path.suffix.lower() == ".npz":
-        try:
-            with np.load(path, allow_pickle=False) as z:
-                images = z["arr_0" if "arr_0" in z else "images"]
-                labels = z["arr_1"] if "arr_1" in z else z["labels"] if "labels" in z else None
-        except Exception as e:                                        # zip and npy faults come in many kinds
-            raise common.UserError(f"{path}: not a readable .npz with arr_0 or images ({e})")
+        z = common.load_npz(path, ("arr_0", "arr_1", "images", "labels"), "an .npz with arr_0 or images, uint8 (n, H, W, C),")
+        images, labels = z.get("arr_0", z.get("images", np.empty(0))), z.get("arr_1", z.get("labels"))
     else:
         images = common.load_npy(path, "samples, uint8 (n, H, W, C)", (None,) * 4, "u")
         beside = path.parent / "sample_labels.npy"
@@ -63,11 +61,13 @@ def read_folder(folder):
     from PIL import Image
     files = pictures(folder)
     if not files:
-        raise common.UserError(f"{folder}: no picture in it or below it")
+        raise common.UserError(f"{folder}: no picture in it or below it; give the folder, .npy or .npz that holds the samples")
     out = []
     for f in common.progress(files, desc=str(folder)):
         try:
-            with Image.open(f) as im:
+            with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning), Image.open(f) as im:
+                if im.mode[0] in "IF":
+                    raise ValueError(f"mode {im.mode}: more than 8 bits a channel")
                 out.append(np.asarray(im if im.mode == "L" else im.convert("RGB")))
         except Exception as e:
             raise common.UserError(f"{f}: not a readable picture ({e}); remove or replace it")
@@ -77,20 +77,93 @@ def read_folder(folder):
     return images if images.ndim == 4 else images[..., None]
 
 
+# ---------------------------------------------------------------------------------------------- the work that all processes share
+class Selection:
+    """images[rows] that are read only when asked for: len(p), p[index]."""
+
+    def __init__(self, images, rows):
+        self.images, self.rows = images, rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.images[self.rows[index]]
+
+
+class Team:
+    """Rank 0 measures; where it needs images encoded or drawn it calls, and the other processes, which wait in serve(), do their part of each call.
+    One process calls itself."""
+
+    def __init__(self, encs, batch_size, device):
+        self.encs, self.batch_size, self.device = encs, max(1, batch_size // common.world()), device
+
+    def call(self, task, *args):
+        """[what self.task(*args) gives on every rank], in their order. task: the name of a method."""
+        common.from_rank0(lambda: (task, args))
+        return common.gather(getattr(self, task)(*args))
+
+    def serve(self):
+        while order := common.from_rank0(lambda: None):               # the answer of rank 0's call(), or of its dismiss()
+            common.gather(getattr(self, order[0])(*order[1]))
+
+    def dismiss(self):
+        common.from_rank0(lambda: None)
+
+    def encode(self, enc, images, kind="pooled", title=None):
+        """Features (n, D) float32 of images, an array (n, H, W, C) or a Selection of one. Every process reads a memory map itself; other arrays are sent,
+        256 MB at a time."""
+        part = images if isinstance(images, Selection) else Selection(images, np.arange(len(images)))
+        file, which, out = getattr(part.images, "filename", None), self.encs.index(enc), []
+        step = len(part) if file else max(1, 2**28 // part.images[0].nbytes)
+        for lo in range(0, len(part), step):
+            rows = part.rows[lo:lo + step]
+            out += self.call("extract", which, *((str(file), rows) if file else (part[lo:lo + step], np.arange(len(rows)))), kind, title)
+        return np.concatenate([z for z in out if z is not None])      # fewer rows than processes: None
+
+    def extract(self, which, images, rows, kind, title):
+        if isinstance(images, str):
+            images = np.load(images, mmap_mode="r", allow_pickle=False)
+        lo, hi = common.shard(len(rows))
+        with common.progress(total=hi - lo, desc=title, delay=0 if title else 2) as bar, common.user_errors():
+            return encoders.extract(self.encs[which], images, self.batch_size, kind, rows=rows[lo:hi], bar=bar)
+
+    def draw(self, which, file, record, y):
+        """(features of this rank's part of one sample for each label of y (n,), what the checkpoint says of its training)."""
+        state, model, process = common.open_checkpoint(file)
+        model, (lo, hi), images = model.to(self.device), common.shard(len(y)), []
+        vae = encoders.load_vae(record["vae"], self.device) if state["args"]["latents"] else None
+        for k in range(lo, hi, self.batch_size):
+            ids = range(k, min(k + self.batch_size, hi))
+            with common.autocast(self.device, record["amp"]):
+                noise = [common.generator(record["seed"], "sample", i) for i in ids]
+                x = diffusion.draw(model, process, torch.from_numpy(y[ids.start:ids.stop]).to(self.device), noise, record, vae,
+                                   state["args"]["latent_scale"])
+            if not x.isfinite().all():
+                raise common.UserError(f"{file}: samples hold NaN or infinity; the run had diverged there, remove the file to leave it out")
+            images.append(to_uint8(x).cpu().numpy())
+        z = encoders.extract(self.encs[which], np.concatenate(images), self.batch_size) if images else None
+        return z, {k: state[k] for k in ("step", "images_seen", "seconds")}
+
+
 # ---------------------------------------------------------------------------------------------- reference
 class Reference:
-    """The full training set under one encoder: mu and sigma of all of it, and the features of up to `most` images for neighbours and kernels."""
+    """The full training set under one encoder: mu and sigma of all of it, and the features of up to `most` images for neighbours and kernels.
 
-    def __init__(self, d, enc, batch_size, most, seed):
-        self.d, self.enc, self.batch_size = d, enc, batch_size
+    Of a data folder that holds latents only, mu and sigma are those of the file `statistics`, and there are no features (None).
+    """
+
+    def __init__(self, d, enc, team, most, seed, statistics=None):
+        self.d, self.enc, self.team = d, enc, team
+        if d.images is None:
+            self.features = self.test = self.heldout = self.n = None
+            self.mu, self.sigma = read_statistics(statistics, enc.width)
+            return
         self.rows = np.sort(np.random.default_rng([seed, 0]).choice(len(d.labels), min(most, len(d.labels)), replace=False))
-        bar = common.progress(total=len(self.rows), desc=f"{enc.name}: reference")
-        with common.user_errors():
-            self.features = encoders.extract(enc, d.images, batch_size, rows=self.rows, bar=bar)          # (R, D)
-        bar.close()
+        self.features = team.encode(enc, Selection(d.images, self.rows), title=f"{enc.name}: reference")       # (R, D)
         self.labels, cache = d.labels[self.rows], d.folder / f"stats_{enc.name}.npz"
         self.mu, self.sigma, self.n = self._cached(cache)
-        self.test = None if d.test_images is None else encoders.extract(enc, d.test_images, batch_size)
+        self.test = None if d.test_images is None else team.encode(enc, d.test_images)
         self.heldout = None if self.test is None or len(self.test) < 2 else self.distance(self.test)
 
     def _cached(self, cache):
@@ -101,19 +174,23 @@ class Reference:
                     return z["mu"], z["sigma"], int(z["n"])
         except Exception:                                             # absent, damaged or of another kind: it is only a cache
             pass
-        mu, sigma = metrics.gaussian_stats(self.features if len(self.rows) == len(self.d.labels) else self)
+        mu, sigma = metrics.gaussian_stats(self, device=self.enc.device)
         with common.atomic(cache) as tmp, open(tmp, "wb") as f:
             np.savez(f, mu=mu, sigma=sigma, n=len(self.d.labels), key=key)
         return mu, sigma, len(self.d.labels)
 
-    # The whole training set as a matrix of features that is encoded as it is read: gaussian_stats goes over it once, block by block.
+    # The whole training set as a matrix of features: gaussian_stats goes over it once, block by block. What is not held is encoded as it is read.
     shape = property(lambda self: (len(self.d.labels), self.enc.width))
 
     def __len__(self):
         return len(self.d.labels)
 
     def __getitem__(self, index):
-        return encoders.extract(self.enc, self.d.images, self.batch_size, rows=np.arange(len(self))[index])
+        return self.of(np.arange(len(self))[index])
+
+    def of(self, rows):
+        """Features (n, D) of these training images."""
+        return self.features[rows] if len(self.rows) == len(self) else self.team.encode(self.enc, Selection(self.d.images, rows))
 
     def distance(self, features):
         return metrics.frechet_distance(self.mu, self.sigma, *metrics.gaussian_stats(features))
@@ -121,19 +198,17 @@ class Reference:
 
 def read_statistics(path, width=None):
     """(mu, sigma) from an .npz of somebody else: mu/sigma (pytorch-fid, ADM) or m2/s2 (lucidrains). Refused when the width is not the encoder's."""
-    if not Path(path).is_file():
-        raise common.UserError(f"{path}: no such file (.npz with mu and sigma expected)")
-    try:
-        with np.load(path, allow_pickle=False) as z:
-            mu, sigma = next((z[a], z[b]) for a, b in (("mu", "sigma"), ("m2", "s2")) if a in z and b in z)
-    except StopIteration:
-        raise common.UserError(f"{path}: holds neither mu and sigma nor m2 and s2")
-    except Exception as e:
-        raise common.UserError(f"{path}: not a readable .npz ({e})")
+    what = "an .npz with mu and sigma, or m2 and s2,"
+    z = common.load_npz(path, ("mu", "sigma", "m2", "s2"), what)
+    if not (pair := next((p for p in (("mu", "sigma"), ("m2", "s2")) if set(p) <= set(z)), None)):
+        raise common.UserError(f"{path}: holds {', '.join(z)} only; {what} expected")
+    mu, sigma = (z[k] for k in pair)
     if mu.dtype.kind != "f" or sigma.dtype.kind != "f" or mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
         raise common.UserError(f"{path}: mu {mu.dtype} {mu.shape} and sigma {sigma.dtype} {sigma.shape}, but floats (D,) and (D, D) are expected")
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise common.UserError(f"{path}: mu or sigma holds NaN or infinity; make it again")
+    if not np.allclose(sigma, sigma.T, rtol=1e-3, atol=1e-3 * np.abs(sigma).max(initial=0)) or (sigma.diagonal() < 0).any():
+        raise common.UserError(f"{path}: sigma is no covariance: it must be symmetric, without a negative variance; make it again")
     if width is not None and len(mu) != width:
         raise common.UserError(f"{path}: statistics of {len(mu)} features, but the encoder's are {width}; take those of the same encoder")
     return mu.astype(np.float64), sigma.astype(np.float64)
@@ -143,9 +218,7 @@ def read_statistics(path, width=None):
 def figures(run, ref, a):
     """Everything that is measured of run's samples under one encoder; n is printed with each figure that depends on it."""
     d, enc, n = ref.d, ref.enc, len(run.images)
-    bar = common.progress(total=n, desc=f"{enc.name}: {run.name}")
-    z = encoders.extract(enc, run.images, a.batch_size, bar=bar)                                          # (n, D)
-    bar.close()
+    z = ref.team.encode(enc, run.images, title=f"{enc.name}: {run.name}")                                 # (n, D)
     mu, sigma = read_statistics(a.reference_stats, enc.width) if a.reference_stats else (ref.mu, ref.sigma)
     out = {"identity": enc.identity, "distance": "FID" if enc.name == "inception" else f"FD ({enc.name})", "n": n,
            "reference": a.reference_stats or f"{d.info['name']}, the full training set", "reference_n": None if a.reference_stats else ref.n,
@@ -161,21 +234,23 @@ def figures(run, ref, a):
     if a.bootstrap:
         mean, std, low, high = metrics.bootstrap_frechet(z, mu, sigma, a.bootstrap, a.seed)
         out["fd_bootstrap"] = dict(repeats=a.bootstrap, mean=mean, std=std, low=low, high=high)
-    if run.keep is not None:                                          # what a perfect copier of the subset would score
-        copies = encoders.extract(enc, d.images, a.batch_size, rows=run.keep)
+    if ref.features is not None and run.keep is not None:             # what a perfect copier of the subset would score
+        copies = ref.of(run.keep)
         out["fd_subset"] = metrics.frechet_distance(mu, sigma, *metrics.gaussian_stats(copies)) if len(run.keep) > 1 else None
-    if run.labels is not None and d.num_classes > 1:
+    if ref.features is not None and run.labels is not None and d.num_classes > 1:
         try:
             out["per_class"] = metrics.per_class_frechet(z, run.labels, ref.features, ref.labels, d.num_classes, a.seed,
                                                          *((ref.test, d.test_labels) if ref.test is not None else ()))
         except ValueError as e:
             common.log(f"note: no distance per class: {e}")
         if enc.name == "scratch":
-            logits = encoders.extract(enc, run.images, a.batch_size, kind="logits")
+            logits = ref.team.encode(enc, run.images, "logits")
             out["read_as_labelled"] = float((logits.argmax(1) == run.labels).mean())
     if enc.name == "inception" and n >= 10:
-        logits = encoders.extract(enc, run.images, a.batch_size, kind="logits")[np.random.default_rng(a.seed).permutation(n)]
+        logits = ref.team.encode(enc, run.images, "logits")[np.random.default_rng(a.seed).permutation(n)]
         out["inception_score"] = dict(zip(("mean", "std"), metrics.inception_score(logits)), splits=10)
+    if ref.features is None:                                          # what follows compares with single images
+        return out
     mean, error, size = metrics.kid(z, ref.features, seed=a.seed)
     out["kid"] = dict(mean=mean, standard_error=error, subset_size=size, subsets=100)
     m = min(n, len(ref.features))                                     # equally many of both: these four depend on n
@@ -187,44 +262,82 @@ def figures(run, ref, a):
     return out
 
 
-def audit(run, ref, a, baseline):
-    """The memorisation audit of metrics.memorisation_audit in pixels and under the encoder, and nearest.png."""
+def at_most(rows, labels, limits, rng):
+    """Those of rows (n,), sorted, that are left when class c may have limits[c] of them; who goes is drawn."""
+    order = rows[rng.permutation(len(rows))]
+    order = order[np.argsort(labels[order], kind="stable")]           # by class
+    place = np.arange(len(order)) - np.searchsorted(labels[order], labels[order])               # within the class
+    return np.sort(order[place < limits[labels[order]]])
+
+
+def raw(images):
+    """Pixel space: (n, H * W * C) float32 in [-1, 1] of uint8 images or a Selection of some."""
+    out = np.empty((len(images), images[:1].size), np.float32)
+    for lo in range(0, len(out), 1024):
+        out[lo:lo + 1024] = np.asarray(images[lo:lo + 1024]).reshape(-1, out.shape[1]) / 127.5 - 1
+    return out
+
+
+def audit(run, ref, a, baseline, draws=20):
+    """The memorisation audit of metrics.memorisation_audit in pixels and under the encoder, and nearest.png. Rank 0 holds one space's vectors of the
+    images seen and of those they are compared with; a space that would need more than AUDIT_BYTES is left out, and said so."""
+    if ref.features is None:
+        return {"skipped": "the data folder holds latents only, and the audit compares pixels"}
     d, keep = ref.d, run.keep if run.keep is not None else np.arange(len(ref.d.labels))
-    rest = np.setdiff1d(np.arange(len(d.labels)), keep)
+    rest = np.setdiff1d(np.arange(len(d.labels)), keep, assume_unique=True)
     if len(rest):                                                     # a model of a subset: unseen training images to compare with
-        pool, pool_labels, heldout = d.images[rest], d.labels[rest], d.test_images
+        limits = draws * np.bincount(d.labels[keep], minlength=d.num_classes)                   # all draws together take no more of a class
+        rest = at_most(rest, d.labels, limits, np.random.default_rng([a.seed, 4]))
+        pool, pool_labels, heldout = Selection(d.images, rest), d.labels[rest], d.test_images
     elif d.test_images is not None:                                   # a model of the full set: the held-out split
         pool, pool_labels, heldout = d.test_images, d.test_labels, None
     else:
         return {"skipped": "a model of the full set, and the data folder has no held-out images to compare with"}
     thin = np.sort(np.random.default_rng([a.seed, 2]).choice(len(run.images), min(len(run.images), a.audit_samples), replace=False))
-    spaces = {ref.enc.name: lambda x: encoders.extract(ref.enc, x, a.batch_size),                   # "pixels" is always the raw ones, not the encoder
-              "pixels": lambda x: (np.asarray(x).reshape(len(x), -1) / 127.5 - 1).astype(np.float32)}
-    out = {"n": len(thin), "draws": 20, "noise": 0.2, "model_of": "a subset" if len(rest) else "the full set"}
-    for space, encode in spaces.items():
+    samples, seen, device = Selection(run.images, thin), Selection(d.images, keep), ref.enc.device
+
+    def encoded(x):
+        return ref.of(x.rows) if isinstance(x, Selection) and x.images is d.images else ref.team.encode(ref.enc, x)
+    spaces = {ref.enc.name: (encoded, ref.enc.width), "pixels": (raw, d.images[0].size)}        # "pixels" is always the raw ones, not the encoder
+    out = {"n": len(thin), "draws": draws, "noise": 0.2, "model_of": "a subset" if len(rest) else "the full set"}
+    for space, (encode, width) in list(spaces.items()):
+        if (need := 4 * width * (len(seen) + len(pool))) > AUDIT_BYTES:
+            common.log(f"note: {run.name}: no memorisation audit in {space}: {need / 1e9:.0f} GB of vectors, more than {AUDIT_BYTES / 1e9:.0f}")
+            out.setdefault("left_out", []).append(space)
+            del spaces[space]
+            continue
         try:
-            out[space] = metrics.memorisation_audit(encode, run.images[thin], d.images[keep], d.labels[keep], pool, pool_labels, heldout,
-                                                    baseline if len(rest) else None, seed=a.seed, device=ref.enc.device)
+            out[space] = metrics.memorisation_audit(encode, samples, seen, d.labels[keep], pool, pool_labels, heldout,
+                                                    baseline if len(rest) else None, draws, a.seed, device=device)
         except ValueError as e:
             return {"skipped": str(e)}
-    x, train = spaces["pixels"](run.images[thin]), spaces["pixels"](d.images[keep])
-    dist, index = metrics.knn(x, train, min(51, len(train)), device=ref.enc.device)
+    if not spaces:
+        return {"skipped": f"more than {AUDIT_BYTES / 1e9:.0f} GB of vectors"}
+    encode = list(spaces.values())[-1][0]                             # pixels, where they fit
+    x, train = encode(samples), encode(seen)
+    dist, index = metrics.knn(x, train, min(51, len(train)), device=device)
     worst = np.argsort(dist[:, 0] / dist[:, 1:].mean(1).clip(1e-9), kind="stable")[:16]
-    pairs = np.stack([run.images[thin[worst]], d.images[keep][index[worst, 0]]])                        # (2, 16, H, W, C)
-    common.save_grid(run.out / "nearest.png", pairs)
+    common.save_grid(run.out / "nearest.png", np.stack([samples[worst], seen[index[worst, 0]]]))          # (2, 16, H, W, C)
     return out
 
 
 # ---------------------------------------------------------------------------------------------- quality over training
-def trajectory(run, ref, a, device):
+def step_of(file):
+    """The step in the name of step_0005000.pt."""
+    if not (step := file.stem.removeprefix("step_")).isdecimal():
+        raise common.UserError(f"{file}: its name has no step, as in step_0005000.pt; rename it or move it away")
+    return int(step)
+
+
+def trajectory(run, ref, a):
     """Distance of every kept checkpoint of a run, each with the labels, seeds and settings with which sample.py drew the run's samples.
 
     The last point therefore equals the run's own distance (to the last bit of the network's sums) when n is the same.
     """
-    record = common.load_json(run.out / "sample.args.json", "the record of sample.py, whose settings the trajectory uses,")["args"]
-    files = sorted(run.out.glob("step_*.pt"), key=lambda f: int(f.stem.removeprefix("step_")))
+    record = common.load_record(run.out / "sample.args.json")["args"]     # whose settings the trajectory uses
+    files = sorted(run.out.glob("step_*.pt"), key=step_of)
     last = common.load_pt(run.out / "last.pt")["step"] if (run.out / "last.pt").exists() else 0
-    files += [run.out / "last.pt"] if last > int(files[-1].stem.removeprefix("step_")) else []        # --steps is no multiple of --checkpoint-every
+    files += [run.out / "last.pt"] if last > step_of(files[-1]) else []        # --steps is no multiple of --checkpoint-every
     y = run.drawn[:a.trajectory_num]
     key = {"settings": {k: record[k] for k in DRAWN_WITH}, "labels": array_hash(y), "n": len(y), "data": ref.d.info["sha256"],
            "identity": ref.enc.identity, "checkpoints": {f.name: common.sha256(f) for f in files}}
@@ -232,22 +345,10 @@ def trajectory(run, ref, a, device):
     if path.exists() and not a.overwrite and common.load_json(path, "points of evaluate.py").get("key") == key:
         return common.log(f"{path}: complete; nothing to do (--overwrite draws again)")
     for file in files:
-        state = common.load_pt(file)
-        model, process = models.from_checkpoint(state)
-        model, images = model.to(device), []
-        options = {"ancestral": {"variance": record["variance"]}, "ddim": {"eta": record["eta"]}}.get(record["sampler"], {})
-        for lo in range(0, n, a.batch_size):
-            ids = range(lo, min(lo + a.batch_size, n))
-            with common.autocast(device, record["amp"]):
-                noise = [common.generator(record["seed"], "sample", i) for i in ids]
-                x = generate(model, process, torch.from_numpy(y[ids.start:ids.stop]).to(device), noise, record["sampler"], record["steps"],
-                             record["cfg"], record["cfg_interval"], **options)
-            if not x.isfinite().all():
-                raise common.UserError(f"{file}: samples hold NaN or infinity; the run had diverged there, remove the file to leave it out")
-            images.append(to_uint8(x).cpu().numpy())
-        fd = ref.distance(encoders.extract(ref.enc, np.concatenate(images), a.batch_size))
-        rows.append(dict(step=state["step"], images_seen=state["images_seen"], seconds=state["seconds"], fd=fd, n=n))
-        common.log(f"{run.name}: step {state['step']:,}, {rows[-1]['images_seen']:,} images, {rows[-1]['seconds']:,.0f} s: {fd:.3f}")
+        parts = ref.team.call("draw", ref.team.encs.index(ref.enc), str(file), record, y)
+        fd, state = ref.distance(np.concatenate([z for z, _ in parts if z is not None])), parts[0][1]
+        rows.append({**state, "fd": fd, "n": n})
+        common.log(f"{run.name}: step {state['step']:,}, {state['images_seen']:,} images, {state['seconds']:,.0f} s: {fd:.3f}")
     common.save_json(path, {"encoder": ref.enc.identity, "name": ref.enc.name, "points": rows, "key": key})
 
 
@@ -259,7 +360,7 @@ def judges_used(folder, aligned=True):
     """
     used = set()
     if (folder / "attach.args.json").exists():
-        made = common.load_json(folder / "attach.args.json", "the record of attach.py")["args"]
+        made = common.load_record(folder / "attach.args.json")["args"]
         if aligned:
             used |= {made.get("visual")} - {None, "none"}
         if made.get("select") in ("interval", "easy", "medium", "hard"):
@@ -267,7 +368,7 @@ def judges_used(folder, aligned=True):
         if made.get("indices"):
             used |= judges_used(Path(made["indices"]).parent, False)
     if (folder / "prune.args.json").exists():
-        made = common.load_json(folder / "prune.args.json", "the record of prune.py")["args"]
+        made = common.load_record(folder / "prune.args.json")["args"]
         if made.get("scores"):
             used |= scorers(made, "scores", folder)
         if made.get("score") in ("el2n", "ccs"):
@@ -284,9 +385,9 @@ def scorers(made, flag, folder):
     if home.resolve() == folder.resolve():                            # its own output: the first call's record is gone
         return set()
     if flag == "features":                                            # whatever that call then scored with
-        return {common.load_json(prune, "the record of prune.py")["args"]["surrogate"]} if prune.exists() else set()
+        return {common.load_record(prune)["args"]["surrogate"]} if prune.exists() else set()
     if attach.exists() and Path(made[flag]).name == "difficulty.npy":            # scored whatever that call selected by
-        origin = common.load_json(attach, "the record of attach.py")["args"]
+        origin = common.load_record(attach)["args"]
         return scorers(origin, "difficulty", home) if origin.get("difficulty") else {"ddae"}
     return judges_used(home, False)
 
@@ -303,7 +404,7 @@ def open_run(out, samples, d, a):
         run.images, run.labels = run.images[:a.num], None if run.labels is None else run.labels[:a.num]
     if len(run.images) < 2:
         raise common.UserError(f"{samples}: {len(run.images)} samples, a distance needs at least 2; draw more with sample.py")
-    for name in a.encoder:
+    for name in a.encoder if d.images is not None else ():
         if not encoders.ENCODERS[name].size and run.images.shape[1:] != d.images.shape[1:]:
             raise common.UserError(f"{samples}: samples of {run.images.shape[1:]}, but {d.info['name']} has {d.images.shape[1:]}, "
                                    f"and encoder {name} does not resize; draw or bring them to that size")
@@ -318,7 +419,7 @@ def open_run(out, samples, d, a):
         raise common.UserError(f"{samples}: {len(run.drawn)} samples, fewer than --trajectory-num {a.trajectory_num}; draw more with sample.py")
     run.sha256 = common.sha256(samples) if Path(samples).is_file() else hashlib.sha256(np.ascontiguousarray(run.images)).hexdigest()
     if (run.out / "sample.args.json").exists():
-        record = common.load_json(run.out / "sample.args.json", "the record of sample.py")
+        record = common.load_record(run.out / "sample.args.json")
         if record["seconds"] is None:
             raise common.UserError(f"{out}: sample.py has not finished there; run its command again")
         if record.get("data_sha256") not in (None, d.info["sha256"]):
@@ -327,7 +428,7 @@ def open_run(out, samples, d, a):
         run.protocol = {k: record["args"][k] for k in DRAWN_WITH} | {
             "checkpoint_step": record.get("step"), "weights": "EMA", "sample_seconds": record["seconds"]}
     if (run.out / "train.args.json").exists():
-        record = common.load_json(run.out / "train.args.json", "the record of train.py")
+        record = common.load_record(run.out / "train.args.json")
         made = record["args"]
         source = made.get("indices") or (Path(made["attach"]) / "keep.npy" if made.get("attach") else None)
         run.keep, run.known = common.load_indices(source, len(d.labels)) if source else None, True
@@ -357,45 +458,53 @@ def array_hash(x):
 def earlier(run):
     """(metrics.json as it stands, whether it is of these samples)."""
     file = run.out / "metrics.json"
-    old = common.load_json(file, "figures of evaluate.py") if file.exists() else {}
+    old = common.load_json(file, "figures of evaluate.py", encoders=dict) if file.exists() else {}
     return old, old.get("samples_sha256") == run.sha256 and old.get("data_sha256") == run.data_sha256
 
 
-def plan(a, d, runs, full, device):
-    """[(encoder, its weights, runs that it has to judge)], the encoders open and every input checked: from here on nothing is the user's fault."""
-    out = []
+def plan(a, d, pairs):
+    """(runs, the one on the full set or None, [(encoder name, its weights, indices of the runs that it has to judge)]), all inputs checked."""
+    for out, samples in pairs:
+        if not Path(samples).exists():
+            raise common.UserError(f"{samples}: no samples there; draw them with sample.py --out {out}")
+    if a.reference_stats:
+        read_statistics(a.reference_stats)
+    if d.images is None and not a.reference_stats:
+        raise common.UserError(f"{d.folder}: holds latents only; give the statistics of its pixels with --reference-stats FILE.npz (mu and sigma, such as ADM's)")
+    for name in a.encoder if d.images is None else ():
+        if not encoders.ENCODERS[name].size:
+            raise common.UserError(f"{d.folder}: holds latents only, and encoder {name} needs its pixels; use --encoder inception")
+    runs, jobs = [open_run(out, samples, d, a) for out, samples in pairs], []
+    full = next((r for r in runs if r.known and r.keep is None), None)
     for name, weights in zip(a.encoder, (a.encoder_weights or []) + [None] * len(a.encoder)):
         todo = []
-        for run in runs:
+        for k, run in enumerate(runs):
             old, same = earlier(run)
             row = old.get("encoders", {}).get(name) if same and not a.overwrite else None
             if row and not a.trajectory and row.get("settings") == settings(run, name, weights, a, d, full):
                 common.log(f"{run.out}: measured already under {name}; nothing to do (--overwrite measures again)")
             else:
-                todo.append(run)
+                todo.append(k)
         if todo:
-            enc = common.open_encoder(name, d, device, weights)
-            if a.reference_stats:
-                read_statistics(a.reference_stats, enc.width)
-            out.append((enc, weights, todo))
-    return out
+            jobs.append((name, weights, todo))
+    return runs, full, jobs
 
 
-def evaluate(a, d, judges, full, device):
-    for enc, weights, runs in judges:
+def evaluate(a, d, team, runs, full, jobs):
+    for enc, (_, weights, todo) in zip(team.encs, jobs):
         with common.user_errors():
-            ref = Reference(d, enc, a.batch_size, a.reference_max, a.seed)
-        for run in runs:
+            ref = Reference(d, enc, team, a.reference_max, a.seed, a.reference_stats)
+        for run in (runs[k] for k in todo):
             if a.trajectory:
                 with common.user_errors():
-                    trajectory(run, ref, a, device)
+                    trajectory(run, ref, a)
                 continue
             start, (old, same) = time.time(), earlier(run)
             with common.user_errors():
                 row = figures(run, ref, a) | {"settings": settings(run, enc.name, weights, a, d, full), "circular": enc.name in run.aligned}
                 memo = old.get("memorisation") if same else None
                 if a.audit and run.known and enc.name == a.encoder[0]:
-                    new = audit(run, ref, a, full.images[:a.audit_samples] if full else None)
+                    new = audit(run, ref, a, Selection(full.images, np.arange(min(len(full.images), a.audit_samples))) if full else None)
                     memo = new if "skipped" in new else {**(memo or {}), **new}          # the spaces of an earlier judge stay
                     memo = memo if "skipped" in new else {k: v for k, v in memo.items() if k != "skipped"}
             row["seconds"] = round(time.time() - start, 2)
@@ -417,7 +526,8 @@ def tell(run, row, memo):
     if "precision" in row:
         parts.append(f"precision {row['precision']:.3f}, recall {row['recall']:.3f}, density {row['density']:.3f}, "
                      f"coverage {row['coverage']:.3f} (n={row['neighbours_n']:,})")
-    parts.append(f"KID {row['kid']['mean']:.4f} +- {row['kid']['standard_error']:.4f} (subsets of {row['kid']['subset_size']})")
+    if "kid" in row:
+        parts.append(f"KID {row['kid']['mean']:.4f} +- {row['kid']['standard_error']:.4f} (subsets of {row['kid']['subset_size']})")
     if "read_as_labelled" in row:
         parts.append(f"read as labelled {row['read_as_labelled']:.1%}")
     if memo and "pixels" in memo:
@@ -446,7 +556,7 @@ def parse_args(argv=None):
     p.add_argument("--audit-samples", type=common.count, default=10_000, help="most samples in the audit")
     p.add_argument("--trajectory", action="store_true", help="score every kept checkpoint of the runs instead")
     p.add_argument("--trajectory-num", type=common.count, help="samples per checkpoint; default: as many as the run drew")
-    p.add_argument("--batch-size", type=common.count, default=256, help="images at a time")
+    p.add_argument("--batch-size", type=common.batch_type, default=256, help="images at a time, over all processes")
     p.add_argument("--seed", type=common.seed_type, default=0, help="of subsets, draws and resamplings")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     p.add_argument("--overwrite", action="store_true", help="measure again what has been measured")
@@ -462,23 +572,24 @@ def parse_args(argv=None):
 
 @common.command
 def main(argv=None):
-    common.single_process("evaluate.py")
     a = parse_args(argv)
     device = common.get_device(a.device)
-    d = common.open_data(a.data)
+    d = common.open_data(a.data, pixels=False)
     pairs = [(a.out, a.samples)] if a.samples else [(r, Path(r) / "samples.npy") for r in a.runs]
-    for out, samples in pairs:
-        if not Path(samples).exists():
-            raise common.UserError(f"{samples}: no samples there; draw them with sample.py --out {out}")
+    runs, full, jobs = plan(a, d, pairs) if common.rank() == 0 else (None, None, None)
+    jobs = common.from_rank0(lambda: jobs)
+    encs = [common.open_encoder(name, d, device, weights) for name, weights, _ in jobs]
     if a.reference_stats:
-        read_statistics(a.reference_stats)
-    runs = [open_run(out, samples, d, a) for out, samples in pairs]
-    full = next((r for r in runs if r.known and r.keep is None), None)
-    judges = plan(a, d, runs, full, device)
-    everything = [k for k in vars(a)]                                 # a run may be measured in many ways: metrics.json keeps them apart
-    stages = [common.Stage("evaluate", r.out, a, {"data": d.info}, free=everything, overwrite=True)
-              for r in runs if any(r is other for _, _, todo in judges for other in todo)]
-    evaluate(a, d, judges, full, device)
+        for enc in encs:
+            read_statistics(a.reference_stats, enc.width)
+    team, everything = Team(encs, a.batch_size, device), list(vars(a))   # a run may be measured in many ways: metrics.json keeps them apart
+    stages = [common.Stage("evaluate", out, a, {"data": d.info}, free=everything, overwrite=True)
+              for k, (out, _) in enumerate(pairs) if any(k in todo for *_, todo in jobs)]
+    if common.rank() == 0:
+        evaluate(a, d, team, runs, full, jobs)
+        team.dismiss()
+    else:
+        team.serve()
     for s in stages:
         s.finish()
 

@@ -13,12 +13,12 @@ treated as one class. kcenter, herding and cluster read the features about once 
 Reads   DATA/images.npy  uint8 (N, H, W, C);  DATA/labels.npy  int64 (N,);  DATA/classes.txt
 Writes  OUT/features.npy float32 (N, D), unless --features is given or the score needs none;  OUT/scores.npy float64 (N,);
         OUT/keep.npy int64 (M,), sorted;  OUT/montage.png, OUT/scores.png;  DATA/scratch.pt where --surrogate scratch finds none
-Features stay on disk, memory-mapped; an interrupted extraction goes on where it stopped (features.part.npy, features.json).
+Features stay on disk, memory-mapped; an interrupted extraction goes on where it stopped (features.part.npy, features.done.npy, features.json), also
+under another number of processes. torchrun spreads the extraction; the first process scores.
 
     python prune.py --data data/cifar10 --surrogate inception --score gaussian --keep 0.4 --out runs/cifar10/pruned/prune
 """
 import math
-import os
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -224,32 +224,19 @@ def score_all(name, groups, m, tie, seed, features=None, difficulty=None):
     return scores
 
 
-def extract_features(d, args, device, rows=8192):
-    """OUT/features.npy as (memory map, seconds). features.json says whose the rows are and how many of features.part.npy are done."""
-    final, part, note = (args.out / f"features{end}" for end in (".npy", ".part.npy", ".json"))
-    n = len(d.images)
+def extract_features(d, args, device):
+    """OUT/features.npy as (memory map, seconds of all processes together). features.json says whose the rows are."""
+    n, note = len(d.images), args.out / "features.json"
     with common.user_errors():
-        enc = common.open_encoder(args.surrogate, d, device, args.weights)
-        start = time.time()                                           # a scratch network notes its own seconds
-        fresh = {"key": {"data": d.info["sha256"], "identity": enc.identity, "shape": [n, enc.width]}, "rows": 0, "seconds": 0.0}
-        state = common.load_json(note, "the state of the extraction") if note.exists() else fresh
-        if state.get("key") != fresh["key"] or not (final if state["rows"] == n else part).exists():
-            state = fresh
-        if state["rows"] == 0:
-            note.unlink(missing_ok=True)
-            common.log(f"prune.py: writing {n * enc.width * 4 / 1e9:.2f} GB of features ({n} x {enc.width})")
-            np.lib.format.open_memmap(part, "w+", np.float32, (n, enc.width))
-            if hasattr(os, "posix_fallocate"):  # a full disk shows here, not as SIGBUS in the middle of a mapped write
-                with open(part, "rb+") as f:
-                    os.posix_fallocate(f.fileno(), 0, part.stat().st_size)
-        for lo in common.progress(range(state["rows"], n, rows), desc=f"features of {args.surrogate}", delay=2):
-            z = np.lib.format.open_memmap(part, "r+")
-            encoders.extract(enc, d.images, batch_size=args.batch_size, kind="pooled", out=z[lo:lo + rows], rows=np.arange(lo, min(lo + rows, n)))
-            z.flush()
-            if lo + rows >= n:
-                os.replace(part, final)
-            common.save_json(note, {**state, "rows": min(lo + rows, n), "seconds": state["seconds"] + time.time() - start})
-    return common.load_npy(final, "features, float32 (N, D)"), common.load_json(note, "the state of the extraction")["seconds"]
+        enc = common.open_encoder(args.surrogate, d, device, args.weights)                      # a scratch network notes its own seconds
+        key = {"data": d.info["sha256"], "identity": enc.identity, "shape": [n, enc.width]}
+        if common.rank() == 0 and not (note.exists() and common.load_json(note, "whose the features are") == key):
+            for file in args.out.glob("features.*"):                  # of other data or another surrogate
+                file.unlink()
+            common.log(f"prune.py: writing {n * enc.width * 4 / 1e9:.2f} GB of features ({n} x {enc.width}) of {args.surrogate}")
+            common.save_json(note, key)
+        return common.fill(args.out, "features", (n, enc.width), np.float32, args.batch_size,
+                           lambda rows: encoders.extract(enc, d.images, batch_size=len(rows), rows=rows))
 
 
 def pictures(out, d, scores, keep, tie, title, most=12, five=5):
@@ -301,8 +288,8 @@ def parse_args(argv=None):
     p.add_argument("--weights", "--encoder-weights", type=Path, help="its weights; for ddae: a checkpoint of train.py")
     p.add_argument("--features", type=Path, help="features.npy (N, D) made earlier, instead of a surrogate")
     p.add_argument("--scores", type=Path, help="scores.npy (N,) made earlier, to cut again; with --score ccs: the el2n scores to stratify")
-    p.add_argument("--el2n-epoch", type=common.count, default=10, help="epochs after which el2n looks at the network")
-    p.add_argument("--batch-size", type=common.count, default=256, help="images encoded at once")
+    p.add_argument("--el2n-epoch", type=common.number(int, low=1, high=10_000), default=10, help="epochs after which el2n looks at the network")
+    p.add_argument("--batch-size", type=common.batch_type, default=256, help="images encoded at once")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     p.add_argument("--seed", type=common.seed_type, default=0, help="of random, of the order among ties and of k-means")
     p.add_argument("--overwrite", action="store_true", help="make the output again although it stands")
@@ -322,7 +309,6 @@ def parse_args(argv=None):
 
 def check_inputs(args):
     """The data folder, the groups (N,) within which images compete, how many to keep of each, and the arrays of --features and --scores."""
-    common.single_process("prune.py")
     common.get_device(args.device)
     d = common.open_data(args.data, pixels=args.extract or args.el2n)
     n, sizes = len(d.labels), np.bincount(d.labels, minlength=d.num_classes)
@@ -330,7 +316,7 @@ def check_inputs(args):
     if not sizes.all():
         raise common.UserError(f"{args.data}: class {least!r} has no image; make the folder again without it")
     if args.per_class and args.per_class > sizes.min():
-        raise common.UserError(f"--per-class {args.per_class}: class {least!r} has only {sizes.min()} images")
+        raise common.UserError(f"--per-class {args.per_class}: class {least!r} has only {sizes.min()} images; lower it")
     if d.num_classes < 2 and (args.el2n or args.extract and args.surrogate == "scratch"):
         raise common.UserError(f"{args.data}: has one class only, but {'--score ' + args.score if args.el2n else '--surrogate scratch'} "
                                "trains a classifier; choose a score or a surrogate that needs no labels")
@@ -341,7 +327,8 @@ def check_inputs(args):
         features = common.load_npy(args.features, f"features, float (N = {n}, D)", (n, None), "f")
         if features.shape[1] == 0:
             raise common.UserError(f"{args.features}: features of width 0; extract them again")
-        common.check_finite(features, args.features, "features", rows=8192)
+        if common.rank() == 0:
+            common.check_finite(features, args.features, "features", rows=8192)
     if args.scores:
         scores = np.array(common.load_npy(args.scores, f"scores, float (N = {n},)", (n,), "f"), np.float64)
         common.check_finite(np.where(np.isneginf(scores) & (args.score is None), 0, scores), args.scores, "scores")
@@ -352,16 +339,9 @@ def check_inputs(args):
     return d, groups, m, features, scores
 
 
-def prune(args, d, groups, m, features, scores):
+def cut(args, d, groups, m, features, scores, device):
     """Features -> scores -> kept indices -> files; returns the figures for prune.args.json."""
-    device, seconds_features = common.get_device(args.device), 0.0
-    tie = torch.randperm(len(groups), generator=common.generator(args.seed, "ties")).numpy()
-    if args.extract:
-        features, seconds_features = extract_features(d, args, device)
-        common.check_finite(features, args.out / "features.npy", "features", rows=8192)
-    elif args.features and (note := args.features.with_suffix(".json")).exists():   # what they cost when they were made still counts as preparation
-        seconds_features = common.load_json(note, "the state of the extraction").get("seconds", 0.0)
-    start = time.time()
+    start, tie = time.time(), torch.randperm(len(groups), generator=common.generator(args.seed, "ties")).numpy()
     if args.score == "gaussian" and (thin := (np.bincount(groups) <= features.shape[1]).sum()):
         common.log(f"prune.py: warning: {thin} of {len(m)} groups have no more images than features have columns ({features.shape[1]}): their "
                    "distances are almost constant (the order still holds); a narrower surrogate separates them better")
@@ -373,13 +353,26 @@ def prune(args, d, groups, m, features, scores):
     kept = np.bincount(d.labels[keep], minlength=d.num_classes)
     if not kept.all():
         raise common.UserError(f"--scope global leaves class {d.classes[np.argmin(kept)]!r} without an image; use --scope class or a larger --keep")
-    seconds = {"seconds_features": round(seconds_features, 3), "seconds_scores": round(time.time() - start, 3)}
+    seconds = round(time.time() - start, 3)
     common.save_npy(args.out / "scores.npy", scores)
     pictures(args.out, d, scores, keep, tie, f"{args.score or args.scores}: {len(keep)} of {len(scores)} images kept")
     common.save_npy(args.out / "keep.npy", keep)
-    common.log(f"prune.py: kept {len(keep)} of {len(scores)} images ({100 * len(keep) / len(scores):.1f} %), per class {kept.min()}..{kept.max()}; "
-               f"seconds: features {seconds['seconds_features']:.1f}, scores {seconds['seconds_scores']:.1f}")
-    return {"kept": len(keep), **seconds}
+    common.log(f"prune.py: kept {len(keep)} of {len(scores)} images ({100 * len(keep) / len(scores):.1f} %), per class {kept.min()}..{kept.max()}")
+    return {"kept": len(keep), "seconds_scores": seconds}
+
+
+def prune(args, d, groups, m, features, scores):
+    """All processes extract, the first one scores and cuts; returns the figures for prune.args.json."""
+    device, seconds = common.get_device(args.device), 0.0
+    if args.extract:
+        features, seconds = extract_features(d, args, device)
+        if common.rank() == 0:
+            common.check_finite(features, args.out / "features.npy", "features", rows=8192)
+    elif args.features and (note := args.features.with_suffix(".seconds.json")).exists():   # what they cost when they were made still counts
+        seconds = common.load_json(note, "the seconds of the extraction", (int, float))
+    figures = common.from_rank0(lambda: cut(args, d, groups, m, features, scores, device)) | {"seconds_features": round(seconds, 3)}
+    common.log(f"prune.py: seconds: features {seconds:.1f}, scores {figures['seconds_scores']:.1f}")
+    return figures
 
 
 @common.command
@@ -388,18 +381,20 @@ def main(argv=None):
     stood, inputs = args.out.exists(), check_inputs(args)
     d = inputs[0]
     weights = args.weights if args.extract and args.weights and args.weights.is_file() else None    # (a folder or a name for clip)
+    stale = ["keep.npy", "scores.png", "montage.png"] + ["scores.npy"] * (not args.scores)          # those may be given from this very folder
+    stale += ["features.json"] * (args.overwrite and args.extract)              # else the features that stand would be taken for good
     stage = common.Stage("prune", args.out, args, {"data": d.info, "features": args.features, "scores": args.scores, "weights": weights},
-                         ["scores.npy", "keep.npy", "scores.png"] + args.extract * ["features.npy"] + (d.images is not None) * ["montage.png"],
-                         free=("batch_size", "extract", "el2n"), overwrite=args.overwrite)
+                         ["scores.npy", "keep.npy", "scores.png"] + (d.images is not None) * ["montage.png"],
+                         ready=lambda: not args.extract or (args.out / "features.npy").exists(),
+                         free=("batch_size", "extract", "el2n"), overwrite=args.overwrite, stale=stale)
     try:
         if not stage.done:
-            if args.overwrite and args.extract:
-                args.out.joinpath("features.json").unlink(missing_ok=True)      # else the features that stand would be taken for good
             stage.finish(**prune(args, *inputs))
     except common.UserError:                                                    # found late (weights, an emptied class): leave no half-made record
-        stage.resuming or stage.file.unlink(missing_ok=True)
-        with suppress(OSError):
-            stood or args.out.rmdir()
+        if common.rank() == 0:
+            stage.resuming or stage.file.unlink(missing_ok=True)
+            with suppress(OSError):
+                stood or args.out.rmdir()
         raise
     finally:
         stage.release()

@@ -14,6 +14,7 @@ import re
 import statistics
 from pathlib import Path
 from types import SimpleNamespace
+from warnings import catch_warnings
 
 import numpy as np
 
@@ -29,7 +30,13 @@ D2C_RANDOM = "d2c-random"                                             # where D2
 # ---------------------------------------------------------------------------------------------- reading
 def record_of(folder, script):
     file = Path(folder) / f"{script}.args.json"
-    return common.load_json(file, f"the record of {script}.py") if file.exists() else None
+    return common.load_record(file) if file.exists() else None
+
+
+def device_seconds(record, seconds):
+    """What a script took by the clock, times the processes that it ran on (as its record says, else one). Features, difficulty and tokens are noted
+    so already."""
+    return None if seconds is None else seconds * ((record or {}).get("provenance") or {}).get("processes", 1)
 
 
 class Preparation:
@@ -66,9 +73,9 @@ class Preparation:
         """Training of a diffusion model up to this checkpoint."""
         path = self.need(checkpoint)
         if path.name == "last.pt" and (made := self.done(path.parent, "train")):
-            seconds = made["train_seconds"]
+            seconds = device_seconds(made, made["train_seconds"])
         else:                                                         # step_*.pt: not what came after it
-            seconds = common.load_pt(path).get("seconds")
+            seconds = device_seconds(record_of(path.parent, "train"), common.load_pt(path).get("seconds"))
         self.add(f"{what} ({path.parent.name})", seconds, path.parent.resolve())
 
     def encoder(self, name, weights, what):
@@ -91,7 +98,7 @@ class Preparation:
         if prune:
             self.pruned(prune, here, features)
         if reweight:
-            self.add("DRO proxy", reweight["seconds"], (here, "proxy"))
+            self.add("DRO proxy", device_seconds(reweight, reweight["seconds"]), (here, "proxy"))
             self.network(reweight["args"]["reference"], "reference network")
         if attach:
             self.attached(attach, here, attached)
@@ -152,18 +159,61 @@ def read_run(folder):
     folder = Path(folder)
     if not (folder / "metrics.json").is_file():
         raise common.UserError(f"{folder / 'metrics.json'}: no such file; measure the run first: python evaluate.py --runs {folder} --data DATA")
-    m = common.load_json(folder / "metrics.json", "figures of evaluate.py")
+    m = common.load_json(folder / "metrics.json", "figures of evaluate.py", data=str, encoders=dict, protocol=dict, provenance=dict)
+    check_figures(folder / "metrics.json", m)
     t = record_of(folder, "train")
     if t is None or t.get("seconds") is None:
-        raise common.UserError(f"{folder}: no finished train.args.json; the report compares complete runs")
+        raise common.UserError(f"{folder}: no finished train.args.json; the report compares complete runs, so train this one to its end")
+    number = (int, float)
+    common.check_kinds(folder / "train.args.json", "the record of train.py", t, images_seen=int, images_kept=int, epochs=number, train_seconds=number)
+    common.check_kinds(folder / "train.args.json", "its args", t["args"], data=str, model=str, process=str, batch_size=int, lr=number, ema=number)
+    if t["args"]["batch_size"] < 1:
+        raise common.UserError(f"{folder / 'train.args.json'}: a batch_size of {t['args']['batch_size']}; train the run again")
     drawn, stands = m["protocol"].get("checkpoint_step"), t["images_seen"] // t["args"]["batch_size"]
     if drawn not in (None, stands):
         raise common.UserError(f"{folder}: samples are of step {drawn}, the run stands at {stands}; draw and evaluate again")
-    if not (folder / "samples.npy").is_file():
-        raise common.UserError(f"{folder / 'samples.npy'}: no such file; draw the samples again with sample.py --out {folder}")
-    file = folder / "trajectory.json"
+    samples = common.load_npy(folder / "samples.npy", "samples, uint8 (n, H, W, C)", (None,) * 4, "u")
     return SimpleNamespace(folder=folder, name=re.sub(r"-seed\d+$", "", folder.name), metrics=m, train=t, preparation=preparation(t, folder),
-                           trajectory=common.load_json(file, "points of evaluate.py") if file.exists() else None)
+                           trajectory=read_trajectory(folder / "trajectory.json"), samples=samples, nearest=read_picture(folder / "nearest.png"))
+
+
+def check_figures(file, m):
+    """Raise UserError where metrics.json lacks what every row of the report needs, or holds a word where a number belongs."""
+    number, maybe, audit = (int, float), (int, float, type(None)), m.get("memorisation") or {}
+    common.check_kinds(file, "memorisation", audit)
+    common.check_kinds(file, "memorisation in pixels", audit.get("pixels", {}))
+    if not m["encoders"]:
+        raise common.UserError(f"{file}: encoders is empty: nothing was measured; run evaluate.py again")
+    for name, e in m["encoders"].items():
+        common.check_kinds(file, f"encoders {name}", e, fd=number, n=int, identity=str, distance=str, reference=str)
+        common.check_kinds(file, f"kid of {name}", e.get("kid", {}))
+        common.check_kinds(file, f"per_class of {name}", e.get("per_class", {}))
+        for k in ("fd_subset", "read_as_labelled", "precision", "recall", "density", "coverage"):
+            common.check_kinds(file, f"{k} of {name}", e.get(k), maybe)
+
+
+def read_trajectory(file):
+    """trajectory.json, or None where there is none."""
+    if not file.exists():
+        return None
+    made = common.load_json(file, "points of evaluate.py", encoder=str, name=str, points=list)
+    if not made["points"]:
+        raise common.UserError(f"{file}: points is empty; run evaluate.py --trajectory again")
+    for p in made["points"]:
+        common.check_kinds(file, "a point", p, step=int, images_seen=int, seconds=(int, float), fd=(int, float), n=int)
+    return made
+
+
+def read_picture(file):
+    """The pixels of a picture that evaluate.py drew, or None where there is none."""
+    from PIL import Image
+    if not file.exists():
+        return None
+    try:
+        with catch_warnings(action="error", category=Image.DecompressionBombWarning), Image.open(file) as im:
+            return np.asarray(im)
+    except Exception as e:                                            # on damaged files Pillow raises many kinds
+        raise common.UserError(f"{file}: not a readable picture ({e}); remove it, or draw it again with evaluate.py --overwrite")
 
 
 def comparable(runs, judge):
@@ -198,7 +248,7 @@ def use_trajectories(runs, judge):
     for r in runs:
         kept, r.trajectory = r.trajectory, []
         if kept and kept["encoder"] == r.metrics["encoders"][judge]["identity"]:
-            r.trajectory = kept["points"]
+            r.trajectory = [{**p, "seconds": device_seconds(r.train, p["seconds"])} for p in kept["points"]]
         elif kept:
             notes.append(f"the trajectory of {r.folder.name} was scored by {kept['name']}, not by this report's judge {judge}: left out")
     if len({p["n"] for r in runs for p in r.trajectory}) > 1:
@@ -217,7 +267,7 @@ def rows_of(runs, judge):
         ratio = lambda name, memo=memo: memo.get(name, {}).get("ratio", {}).get("share")        # noqa: E731
         values = {
             "kept": r.train["images_kept"], "steps": r.train["images_seen"] // r.train["args"]["batch_size"], "epochs": r.train["epochs"],
-            "images_seen": r.train["images_seen"], "seconds": r.train["train_seconds"], "preparation": total(r.preparation),
+            "images_seen": r.train["images_seen"], "seconds": device_seconds(r.train, r.train["train_seconds"]), "preparation": total(r.preparation),
             "n": e["n"], "fd": e["fd"], "fd_subset": e.get("fd_subset"), "fd_best": min((p["fd"] for p in r.trajectory), default=None),
             "worst": classes.get("worst_fd"), "worst_n": classes.get("n"), "read": e.get("read_as_labelled"),
             **{k: e.get(k) for k in ("precision", "recall", "density", "coverage")},
@@ -505,7 +555,7 @@ def sample_sheet(runs, path, columns=20):
     first = [r for r in runs if not re.search(r"-seed\d+$", r.folder.name)]
     fig = figure(12, 0.72 * len(first) + 0.1)
     for ax, r in zip(np.atleast_1d(fig.subplots(len(first), 1)), first):
-        x = np.load(r.folder / "samples.npy", mmap_mode="r", allow_pickle=False)[:columns]
+        x = r.samples[:columns]
         strip = np.concatenate(np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255), axis=1)          # (H, columns W, C)
         ax.imshow(strip.squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         ax.set_ylabel(r.name, rotation=0, ha="right", va="center", fontsize=9)
@@ -515,14 +565,12 @@ def sample_sheet(runs, path, columns=20):
 
 def nearest_sheet(runs, path):
     """nearest.png of every run: the most suspicious samples above, the nearest image that the model has seen below."""
-    from PIL import Image
-    first = [r for r in runs if not re.search(r"-seed\d+$", r.folder.name) and (r.folder / "nearest.png").exists()]
+    first = [r for r in runs if not re.search(r"-seed\d+$", r.folder.name) and r.nearest is not None]
     if not first:
         return False
     fig = figure(12, 1.55 * len(first) + 0.1)
     for ax, r in zip(np.atleast_1d(fig.subplots(len(first), 1)), first):
-        with Image.open(r.folder / "nearest.png") as im:
-            ax.imshow(np.asarray(im), cmap="gray", vmin=0, vmax=255, interpolation="nearest", aspect="auto")
+        ax.imshow(r.nearest, cmap="gray", vmin=0, vmax=255, interpolation="nearest", aspect="auto")
         ax.set_ylabel(r.name, rotation=0, ha="right", va="center", fontsize=9)
         ax.set(xticks=[], yticks=[])
     save(fig, path)
@@ -573,7 +621,7 @@ def legend(t, e, name):
     if "per_class" in e:
         text.append(f"*Worst class FD* is at n={t[name]['worst_n'][0]} a class, "
                     f"where real images score {e['per_class']['real_mean']:.3g} on average.")
-    text.append("*Prepare s* counts features, scores, weights, attachments and the training of every network these used; sampling and judging are in "
+    text.append("Seconds are those of all processes together. *Prepare s* counts features, scores, weights, attachments and the training of every network these used; sampling and judging are in "
                 "no column.")
     if any(prepared(r) is None for r in t.values()):
         text.append("*?*: a file that the run was prepared with has no record of what it cost.")
@@ -628,8 +676,8 @@ def protocol(r, e):
     return ["## Protocol", "",
             f"Sampler {p.get('sampler')}, {p.get('steps')} steps, guidance {p.get('cfg')} on t in {p.get('cfg_interval')}, labels {p.get('labels')}, "
             f"seed {p.get('seed')}, {p.get('weights')} weights, amp {p.get('amp')}; encoder {e['identity']}; "
-            f"precision/recall k={e.get('precision_k')}, density/coverage k={e.get('density_k')}, n={e.get('neighbours_n')}; "
-            f"KID subsets of {e['kid']['subset_size']}. "
+            + (f"precision/recall k={e.get('precision_k')}, density/coverage k={e.get('density_k')}, n={e.get('neighbours_n')}; "
+               f"KID subsets of {e['kid']['subset_size']}. " if "kid" in e else "no figure that needs single training images: the data folder holds latents only. ") +
             f"Training: {a['model']}, {a['process']}, batch {a['batch_size']}, lr {a['lr']:g}, EMA {a['ema']}, amp {a['amp']}.", "",
             "Versions: " + ", ".join(f"{k} {v}" for k, v in r.metrics["provenance"].items()) + ".", ""]
 
@@ -656,8 +704,9 @@ def main(argv=None):
     common.single_process("report.py")
     a = parse_args(argv)
     out = Path(a.out)
-    if not next(p for p in (out, *out.parents) if p.exists()).is_dir():
-        raise common.UserError(f"{out}: a file stands where the report's folder should be; choose another --out")
+    common.free_for_output(out)
+    if same := next((r for r in a.runs if Path(r).resolve() == out.resolve()), None):
+        raise common.UserError(f"{out}: is the run {same}, whose nearest.png the report's would replace; choose another --out")
     runs = [read_run(r) for r in a.runs]
     judge = a.encoder or next(iter(runs[0].metrics["encoders"]))
     notes = comparable(runs, judge)
@@ -665,7 +714,7 @@ def main(argv=None):
     t = rows_of(runs, judge)
     goal = mean([r.trajectory[-1]["fd"] for r in runs if r.name == FULL and r.trajectory])          # its final FD, at the n of the trajectories
     reached = reach(runs, goal) if goal is not None else {}
-    out.mkdir(parents=True, exist_ok=True)
+    common.claim(out)
     distance = runs[0].metrics["encoders"][judge]["distance"]
     frontier(runs, t, distance, out / "frontier.png")
     pictures = [("frontier.png", "Quality against cost: lower and further left is better")]

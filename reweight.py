@@ -5,7 +5,8 @@ Class-wise DoReMi (Xie et al. 2023, arXiv 2305.10429, Algorithm 1) with domain :
 the steps. Excess loss cancels difficulty that no model can remove: a class with added noise is not favoured, a class that the proxy learns late is.
 
 Reads   DATA/                a data folder of data.py (images.npy or latents.npy, labels.npy);  --indices keep.npy int64 (M,)
-        --reference CKPT     last.pt or step_*.pt of train.py on the same data set: its EMA, frozen; flags left out take its values
+        --reference CKPT     last.pt or step_*.pt of train.py on the same data set: its EMA, frozen; flags left out take its values. Or official
+                             weights with --official dit|sit, their classes in the order of the folder; flags left out take the published recipe
 Writes  OUT/weights.npy      float32 (K,), w_i = abar_i / (M_i / M), mean 1 over the M kept images: train.py --weights
         OUT/abar.npy         float64 (K,), mean of a over the steps after the burn-in
         OUT/history.npy      float32 (steps, K), a after every step
@@ -34,8 +35,9 @@ from models.diffusion import diffusion_loss, sample_latents, to_pixels
 
 OUTPUTS = ("weights.npy", "abar.npy", "history.npy", "excess.npy", "weights.png", "proxy.pt")
 FROM_REFERENCE = ("steps", "batch_size", "lr", "amp", "warmup", "schedule", "grad_clip", "flips")
-SETTINGS = ("process", "predict", "size", "channels", "num_classes", "class_std", "text_shape", "learn_sigma", "recompute", "latents", "latent_scale",
+SETTINGS = ("process", "predict", "size", "channels", "num_classes", "class_std", "text_shape", "learn_sigma", "recompute", "latents", "latent_scale", "vae",
             "classes", "data", "data_sha256")
+PUBLISHED = dict(batch_size=256, lr=1e-4, amp="none", warmup=0, schedule="constant", grad_clip=0.0, flips=False)      # of DiT and SiT
 MAX_BAD_STEPS = 20                                                    # non-finite steps in a row before the run stops
 
 
@@ -92,10 +94,16 @@ def class_weights(abar, counts):
 # ---------------------------------------------------------------------------------------------- inputs
 def load_inputs(a):
     """Everything that the flags name, checked before anything is written; fills the flags left out. Returns a namespace."""
-    d, (state, reference, process) = common.open_data(a.data, pixels=False), common.open_checkpoint(a.reference)
+    d, (state, reference, process) = common.open_data(a.data, pixels=False), common.open_checkpoint(a.reference, a.official)
     ref, source = state["args"], d.images if d.latents is None else d.latents
     channels, size = (source.shape[3], source.shape[1]) if d.latents is None else (source.shape[1] // 2, source.shape[2])
     mine = dict(num_classes=d.num_classes, channels=channels, size=size, latents=d.latents is not None, data_sha256=d.info["sha256"])
+    if d.latents is not None:
+        mine["latent_scale"] = common.load_json(d.folder / "latents.json", "the description of the latents")["scale"]
+    if a.official:                                                    # published weights name no data set
+        ref = {**PUBLISHED, **ref, "classes": d.classes, "data": d.info["name"], "data_sha256": d.info["sha256"]}
+        if a.steps is None:
+            raise common.UserError(f"--official {a.official}: the weights do not say for how many steps they were trained; give --steps")
     if (wrong := next((k for k in mine if mine[k] != ref.get(k)), None)):
         raise common.UserError(f"{a.reference}: made with {wrong} = {ref.get(wrong)} (data set {ref.get('data')}), but {a.data} has {mine[wrong]} "
                                f"({d.info['name']}); train a reference on this data set")
@@ -121,7 +129,7 @@ def load_inputs(a):
         proxy = models.build(settings, text)
     if a.proxy_init:
         try:
-            proxy.load_state_dict(models.from_checkpoint(common.load_pt(a.proxy_init))[0].state_dict())
+            proxy.load_state_dict(common.open_checkpoint(a.proxy_init)[1].state_dict())
         except (ValueError, RuntimeError) as e:
             raise common.UserError(f"{a.proxy_init}: does not fit the proxy, {a.proxy_model} on {a.data} ({str(e)[:120]}); see --proxy-model")
     return SimpleNamespace(data=d, source=source, keep=keep, counts=counts, reference=reference, process=process, proxy=proxy, settings=settings)
@@ -151,8 +159,7 @@ def train_proxy(a, i, stage, device):
         common.log(f"resuming at step {start:,}")
     common.barrier()                                                  # all have looked before rank 0 makes the file
     if main and not resuming:
-        with common.atomic(part) as tmp:
-            np.lib.format.open_memmap(tmp, "w+", np.float32, (a.steps, 2, B)).flush()
+        common.allocate(part, np.float32, (a.steps, 2, B))
     record = np.lib.format.open_memmap(part, "r+") if main else None  # rows past the saved state are written again
     wrapped = nn.parallel.DistributedDataParallel(proxy, broadcast_buffers=False) if common.world() > 1 else proxy
     labels, counts = torch.from_numpy(i.data.labels[i.keep]), torch.from_numpy(i.counts)
@@ -273,10 +280,11 @@ def parse_args(argv=None):
     p = common.Parser(__doc__)
     p.add_argument("--data", required=True, help="data folder made by data.py")
     p.add_argument("--indices", help="keep.npy: weigh the classes of these images only")
-    p.add_argument("--reference", required=True, help="checkpoint of train.py on this data set")
+    p.add_argument("--reference", required=True, help="checkpoint of train.py on this data set, or official weights")
+    p.add_argument("--official", choices=("dit", "sit"), help="--reference holds official weights of this kind")
     p.add_argument("--out", required=True, help="folder to write to")
     p.add_argument("--steps", type=common.count, help="steps of the proxy; default: the reference's")
-    p.add_argument("--batch-size", type=common.count, help="global batch, classes drawn uniformly; default: the reference's")
+    p.add_argument("--batch-size", type=common.batch_type, help="global batch, classes drawn uniformly; default: the reference's")
     p.add_argument("--lr", type=common.number(above=0), help="learning rate of AdamW; default: the reference's, with its warm-up and schedule")
     p.add_argument("--eta", type=common.number(low=0), default=1.0, help="step size of a; 1 is DoReMi's, tiny data sets need less (digits 0.05)")
     p.add_argument("--smoothing", type=common.number(low=0, high=0.99), default=1e-3, help="c: share of the uniform distribution mixed into a at every step")
@@ -285,7 +293,7 @@ def parse_args(argv=None):
     p.add_argument("--proxy-model", choices=models.MODELS, help="network of the proxy; default: the reference's")
     p.add_argument("--proxy-init", help="checkpoint to start the proxy from (its EMA); default: from scratch")
     p.add_argument("--amp", choices=common.AMP, help="precision of both networks; default: the reference's")
-    p.add_argument("--permutations", type=common.count, default=20, help="permutations of the labels for the null")
+    p.add_argument("--permutations", type=common.number(int, low=1, high=10_000), default=20, help="permutations of the labels for the null")
     p.add_argument("--checkpoint-every", type=common.count, default=200, help="steps between saves of the state")
     p.add_argument("--log-every", type=common.count, default=50, help="steps between updates of the progress line's figures")
     p.add_argument("--seed", type=common.seed_type, default=0, help="seed of everything random")
@@ -301,20 +309,16 @@ def main(argv=None):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
     i = load_inputs(a)
     inputs = {"data": i.data.info, "indices": a.indices, "reference": a.reference, "proxy_init": a.proxy_init}
-    stage = common.Stage("reweight", a.out, a, inputs, OUTPUTS, ("checkpoint_every", "log_every"), a.overwrite)
+    stage = common.Stage("reweight", a.out, a, inputs, OUTPUTS, ("checkpoint_every", "log_every"), a.overwrite, stale=OUTPUTS,
+                         scraps=("excess.part.npy",))
     if stage.done:
         return
     if a.eta >= 10:
         common.log(f"warning: --eta {a.eta:g} lets single batches decide the weights; 1 is the published value")
-    if not stage.resuming and common.rank() == 0:
-        for name in (*OUTPUTS, "excess.part.npy"):
-            (stage.out / name).unlink(missing_ok=True)
     record, seconds = train_proxy(a, i, stage, device)
     common.log(f"proxy {seconds:,.1f} s, {a.steps * a.batch_size:,} images seen")
     facts = weigh(a, i, record, stage.out) if common.rank() == 0 else {}
     stage.finish(proxy_seconds=round(seconds, 3), images_seen=a.steps * a.batch_size, **facts)
-    if common.rank() == 0:
-        (stage.out / "excess.part.npy").unlink()                      # after finish: until then it is what a resume needs
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
 #   bash run_all.sh                     digits: embedded, needs nothing downloaded, minutes on a CPU
 #   bash run_all.sh cifar10             CIFAR-10 (ROOT=folder where it already lies), one GPU, an evening
 #   bash run_all.sh FOLDER|FILE.npz     your own images
+#   bash run_all.sh imagenet FOLDER     D2C's own setting on ImageNet's training images (a folder per class); needs downloads, see the block below
 #   bash run_all.sh test                the fast tests
 #
 # Sizes come from the environment: STEPS KEEP PER_CLASS NUM_SAMPLES SEEDS MODEL PROCESS RUNS NPROC DEVICE REPORT=full (trajectories and intervals), and choices:
@@ -14,10 +15,12 @@ export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-1000}                      # idle CPU th
 what=${1:-digits}
 case "$what" in
 digits|cifar10|test) ;;
+imagenet) [ -d "${2:-}" ] || { echo "run_all.sh: error: imagenet needs the folder of its training images, a sub-folder per class: bash run_all.sh imagenet FOLDER" >&2; exit 2; }
+    images=$(realpath "$2") ;;
 *)  [ -e "$what" ] || { echo "run_all.sh: error: $what: neither digits, cifar10 nor test, and no such folder or file" >&2; exit 2; }
     what=$(realpath "$what") ;;
 esac
-for path in ROOT SURROGATE_WEIGHTS; do [ -z "${!path:-}" ] || declare "$path=$(realpath "${!path}")"; done
+for path in ROOT SURROGATE_WEIGHTS SCORER VISUAL_WEIGHTS JUDGE_WEIGHTS REFERENCE; do [ -z "${!path:-}" ] || declare "$path=$(realpath "${!path}")"; done
 cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")"
 
 # ------------------------------------------------------------------ a Python that has what requirements.txt asks for
@@ -45,6 +48,9 @@ digits)  NAME=digits; source=(digits); preset=(--preset digits); : "${STEPS:=800
          [ "${PROCESS:-flow}" = ddpm ] || sampler="--sampler heun --steps 12 --cfg 1.5"
          dro="--eta 0.05 --steps 400 --batch-size 64" ;;
 cifar10) NAME=cifar10; source=(cifar10 ${ROOT:+--root "$ROOT"}); preset=(--preset cifar10); : "${STEPS:=20000}" "${PER_CLASS:=100}" "${NUM_SAMPLES:=10000}" "${KEEP:=0.1 0.4}" ;;
+imagenet) NAME=imagenet; preset=(--preset imagenet); sampler="--sampler sde --steps 250 --cfg 1.5"
+         : "${STEPS:=40000}" "${PER_CLASS:=10}" "${INTERVAL:=96}" "${NUM_SAMPLES:=50000}" "${KEEP:=}" "${RUNS:=random random-attach d2c-select d2c-select-attach}"
+         : "${TEXT:=google/flan-t5-xl}" "${VISUAL:=dinov2_vitb14}" "${JUDGE:=inception}" ;;
 *)       NAME=$(basename "${what%.npz}"); case "$NAME" in digits|cifar10) NAME=my-$NAME ;; esac
          source=("$what" ${SIZE:+--size "$SIZE"}); : "${STEPS:=20000}" "${PER_CLASS:=100}" "${NUM_SAMPLES:=10000}" "${KEEP:=0.1}"
          : "${TEXT:=none}" ;;                                         # minilm knows the class names of digits, CIFAR and ImageNet only
@@ -69,11 +75,7 @@ train_sample() {                                                     # train_sam
     measured+=("$run")
 }
 
-# ------------------------------------------------------------------ the runs: each comparison changes one thing
-stage data.py "${source[@]}" --out "$data"
-if [ "$(wc -l <"$data/classes.txt")" -eq 1 ]; then                   # one class: nothing to weigh, and no classifier to train
-    RUNS=${RUNS/pruned-dro/} JUDGE=pixels one_class=(--judge pixels)
-fi
+# ------------------------------------------------------------------ one output folder, one set of sizes
 mkdir -p "$out"
 for size in STEPS NUM_SAMPLES SAMPLER; do                            # another size would leave half of the runs at the old one
     now=$size=${!size} old=$(grep "^$size=" "$out/sizes.txt" 2>/dev/null || true)
@@ -81,53 +83,87 @@ for size in STEPS NUM_SAMPLES SAMPLER; do                            # another s
     [ "${old:-$now}" = "$now" ] || { echo "run_all.sh: error: $out was made with $old, now $now; use OUT=another folder" >&2; exit 2; }
 done
 measured=()
-for seed in $SEEDS; do
-    tail=; [ "$seed" = "${SEEDS%% *}" ] || tail=-seed$seed
-    full=$out/full$tail reference=$out/full$tail/last.pt             # always: it is the reference of all that follows
-    surrogate=(--surrogate "${SURROGATE:-ddae}" ${SURROGATE_WEIGHTS:+--weights "$SURROGATE_WEIGHTS"})
-    [ "${SURROGATE:-ddae}" != ddae ] || [ -n "${SURROGATE_WEIGHTS:-}" ] || surrogate+=(--weights "$reference")
-    train_sample "$full"
-    for b in "${budgets[@]}"; do                                     # pruning: every budget has its own random row
-        size=; [ "$b" = "${budgets[0]}" ] || size=-${b##* }
-        if wants random || { [ -z "$KEEP" ] && wants random-attach; }; then
-            stage prune.py --data "$data" --score random $b --seed "$seed" --out "$out/random$size$tail/prune"
-            train_sample "$out/random$size$tail" --indices "$out/random$size$tail/prune/keep.npy"
-        fi
-        if wants pruned || wants pruned-dro || wants pruned-dro-resample; then
-            stage prune.py --data "$data" "${surrogate[@]}" \
-                --score "$SCORE" $b --seed "$seed" --device "$DEVICE" --out "$out/pruned$size$tail/prune"
-            keep=$out/pruned$size$tail/prune/keep.npy
-        fi
-        if wants pruned; then train_sample "$out/pruned$size$tail" --indices "$keep"; fi
-        if wants pruned-dro || wants pruned-dro-resample; then
-            heavy reweight.py --data "$data" --indices "$keep" --reference "$reference" $DRO --seed "$seed" --device "$DEVICE" --out "$out/pruned-dro$size$tail/reweight"
-            dro=(--indices "$keep" --weights "$out/pruned-dro$size$tail/reweight/weights.npy")
-            if wants pruned-dro; then train_sample "$out/pruned-dro$size$tail" "${dro[@]}"; fi
-            if wants pruned-dro-resample; then train_sample "$out/pruned-dro-resample$size$tail" "${dro[@]}" --reweight-mode resample; fi
-        fi
+
+# ------------------------------------------------------------------ ImageNet 256 as the D2C paper has it (Huang et al. 2025, section 4; methods of scoring and attaching: README)
+# Disk: latents 21 GB, about 36 GB a run (last.pt 11, four EMAs 11, visual tokens 4, samples 10). GPU time, the paper's: scoring 2.1 h, training 7.4 h a run. Choices: SCORER (DiT-XL-2-256x256.pt of the DiT repository),
+# OFFICIAL (dit, sit, or empty for a checkpoint of train.py), VAE, REFERENCE (ADM's VIRTUAL_imagenet256_labeled.npz), IMAGE_SIZE, VISUAL_WEIGHTS, JUDGE_WEIGHTS.
+imagenet() {
+    : "${VAE:=stabilityai/sd-vae-ft-ema}" "${OFFICIAL=dit}" "${SCORER:?run_all.sh: imagenet needs SCORER=DiT-XL-2-256x256.pt, the diffusion model that scores}"
+    heavy data.py "$images" --size "${IMAGE_SIZE:=256}" --vae "$VAE" --latents-only --batch-size $((64 * NPROC)) --device "$DEVICE" --out "$data"
+    for seed in $SEEDS; do
+        tail=; [ "$seed" = "${SEEDS%% *}" ] || tail=-seed$seed
+        heavy attach.py --data "$data" --reference "$SCORER" ${OFFICIAL:+--official "$OFFICIAL"} --per-class "$PER_CLASS" --interval "$INTERVAL" --text none --visual none --judge none \
+            --seed "$seed" --device "$DEVICE" --out "$out/select$tail"
+        stage prune.py --data "$data" --score random --per-class "$PER_CLASS" --seed "$seed" --out "$out/random$tail/prune"
+        for how in random d2c-select; do                             # the 2 x 2: chosen at random or by difficulty, without and with attachments
+            keep=$out/select$tail/keep.npy; [ $how = d2c-select ] || keep=$out/random$tail/prune/keep.npy
+            if wants $how; then train_sample "$out/$how$tail" --indices "$keep"; fi
+            wants $how-attach || continue
+            stage data.py "$images" --size "$IMAGE_SIZE" --indices "$keep" --out "$data-$how$tail"              # the pixels that the visual encoder reads
+            heavy attach.py --data "$data" --indices "$keep" --images "$data-$how$tail" --text "$TEXT" --visual "$VISUAL" ${VISUAL_WEIGHTS:+--visual-weights "$VISUAL_WEIGHTS"} --judge none \
+                --seed "$seed" --device "$DEVICE" --out "$out/$how-attach$tail/attach"
+            train_sample "$out/$how-attach$tail" --attach "$out/$how-attach$tail/attach"
+        done
     done
-    d2c_random=$out/random$tail/prune/keep.npy                       # D2C: the 2 x 2 of selection and attachment at PER_CLASS images
-    if [ -n "$KEEP" ] && { wants random-attach || wants d2c-select || wants d2c-select-attach; }; then
-        stage prune.py --data "$data" --score random --per-class "$PER_CLASS" --seed "$seed" --out "$out/d2c-random$tail/prune"
-        d2c_random=$out/d2c-random$tail/prune/keep.npy
-        train_sample "$out/d2c-random$tail" --indices "$d2c_random"
+}
+
+# ------------------------------------------------------------------ the runs: each comparison changes one thing
+compare() {
+    stage data.py "${source[@]}" --out "$data"
+    if [ "$(wc -l <"$data/classes.txt")" -eq 1 ]; then                   # one class: nothing to weigh, and no classifier to train
+        RUNS=${RUNS/pruned-dro/} JUDGE=pixels one_class=(--judge pixels)
     fi
-    attach=(--data "$data" --reference "$reference" --text "$TEXT" --visual "$VISUAL" --seed "$seed" --device "$DEVICE" ${one_class[@]+"${one_class[@]}"})
-    [ "$NAME" = digits ] || [ "$VISUAL" = none ] || attach+=(--flips)  # both orientations, so that the attached runs may mirror as the others do
-    if wants random-attach; then
-        stage attach.py "${attach[@]}" --indices "$d2c_random" --out "$out/random-attach$tail/attach"
-        train_sample "$out/random-attach$tail" --attach "$out/random-attach$tail/attach"
-    fi
-    if wants d2c-select || wants d2c-select-attach; then
-        stage attach.py "${attach[@]}" --per-class "$PER_CLASS" --interval "$INTERVAL" --out "$out/d2c-select-attach$tail/attach"
-    fi
-    if wants d2c-select; then train_sample "$out/d2c-select$tail" --indices "$out/d2c-select-attach$tail/attach/keep.npy"; fi
-    if wants d2c-select-attach; then train_sample "$out/d2c-select-attach$tail" --attach "$out/d2c-select-attach$tail/attach"; fi
-done
+    for seed in $SEEDS; do
+        tail=; [ "$seed" = "${SEEDS%% *}" ] || tail=-seed$seed
+        full=$out/full$tail reference=$out/full$tail/last.pt             # always: it is the reference of all that follows
+        surrogate=(--surrogate "${SURROGATE:-ddae}" ${SURROGATE_WEIGHTS:+--weights "$SURROGATE_WEIGHTS"})
+        [ "${SURROGATE:-ddae}" != ddae ] || [ -n "${SURROGATE_WEIGHTS:-}" ] || surrogate+=(--weights "$reference")
+        train_sample "$full"
+        for b in "${budgets[@]}"; do                                     # pruning: every budget has its own random row
+            size=; [ "$b" = "${budgets[0]}" ] || size=-${b##* }
+            if wants random || { [ -z "$KEEP" ] && wants random-attach; }; then
+                stage prune.py --data "$data" --score random $b --seed "$seed" --out "$out/random$size$tail/prune"
+                train_sample "$out/random$size$tail" --indices "$out/random$size$tail/prune/keep.npy"
+            fi
+            if wants pruned || wants pruned-dro || wants pruned-dro-resample; then
+                heavy prune.py --data "$data" "${surrogate[@]}" \
+                    --score "$SCORE" $b --seed "$seed" --device "$DEVICE" --out "$out/pruned$size$tail/prune"
+                keep=$out/pruned$size$tail/prune/keep.npy
+            fi
+            if wants pruned; then train_sample "$out/pruned$size$tail" --indices "$keep"; fi
+            if wants pruned-dro || wants pruned-dro-resample; then
+                heavy reweight.py --data "$data" --indices "$keep" --reference "$reference" $DRO --seed "$seed" --device "$DEVICE" --out "$out/pruned-dro$size$tail/reweight"
+                dro=(--indices "$keep" --weights "$out/pruned-dro$size$tail/reweight/weights.npy")
+                if wants pruned-dro; then train_sample "$out/pruned-dro$size$tail" "${dro[@]}"; fi
+                if wants pruned-dro-resample; then train_sample "$out/pruned-dro-resample$size$tail" "${dro[@]}" --reweight-mode resample; fi
+            fi
+        done
+        d2c_random=$out/random$tail/prune/keep.npy                       # D2C: the 2 x 2 of selection and attachment at PER_CLASS images
+        if [ -n "$KEEP" ] && { wants random-attach || wants d2c-select || wants d2c-select-attach; }; then
+            stage prune.py --data "$data" --score random --per-class "$PER_CLASS" --seed "$seed" --out "$out/d2c-random$tail/prune"
+            d2c_random=$out/d2c-random$tail/prune/keep.npy
+            train_sample "$out/d2c-random$tail" --indices "$d2c_random"
+        fi
+        attach=(--data "$data" --reference "$reference" --text "$TEXT" --visual "$VISUAL" --seed "$seed" --device "$DEVICE" ${one_class[@]+"${one_class[@]}"})
+        [ "$NAME" = digits ] || [ "$VISUAL" = none ] || attach+=(--flips)  # both orientations, so that the attached runs may mirror as the others do
+        if wants random-attach; then
+            heavy attach.py "${attach[@]}" --indices "$d2c_random" --out "$out/random-attach$tail/attach"
+            train_sample "$out/random-attach$tail" --attach "$out/random-attach$tail/attach"
+        fi
+        if wants d2c-select || wants d2c-select-attach; then
+            heavy attach.py "${attach[@]}" --per-class "$PER_CLASS" --interval "$INTERVAL" --out "$out/d2c-select-attach$tail/attach"
+        fi
+        if wants d2c-select; then train_sample "$out/d2c-select$tail" --indices "$out/d2c-select-attach$tail/attach/keep.npy"; fi
+        if wants d2c-select-attach; then train_sample "$out/d2c-select-attach$tail" --attach "$out/d2c-select-attach$tail/attach"; fi
+    done
+}
+if [ "$what" = imagenet ]; then imagenet; else compare; fi
 
 # ------------------------------------------------------------------ judge and compare
 judge=(--data "$data" --device "$DEVICE" --runs "${measured[@]}")      # the first encoder is the table's; none of them selected or was aligned to
+[ -z "${JUDGE_WEIGHTS:-}" ] || judge+=(--encoder-weights "$JUDGE_WEIGHTS")
+[ -z "${REFERENCE:-}" ] || judge+=(--reference-stats "$REFERENCE")
 interval=; [ "$REPORT" != full ] || interval="--bootstrap 20"
-stage evaluate.py "${judge[@]}" --encoder $JUDGE $interval
-[ "$REPORT" != full ] || stage evaluate.py "${judge[@]}" --encoder ${JUDGE%% *} --trajectory
+heavy evaluate.py "${judge[@]}" --encoder $JUDGE $interval
+[ "$REPORT" != full ] || heavy evaluate.py "${judge[@]}" --encoder ${JUDGE%% *} --trajectory
 stage report.py "${measured[@]}" --out "$out/report"

@@ -1,18 +1,22 @@
 """Stage 5: draw samples from a checkpoint, always from its EMA.
 
-Sample i depends on (seed, i) alone: not on the batch size, the number of processes or where an interrupted call stopped.
+Sample i depends on (seed, i) alone: not on the batch size, the number of processes or where an interrupted call stopped. A model of latents draws
+latents, which the VAE that made its data decodes (pip install diffusers).
 
-Reads   CHECKPOINT           last.pt or step_*.pt of train.py; the architecture comes from the settings inside
+Reads   CHECKPOINT           last.pt or step_*.pt of train.py; the architecture comes from the settings inside. Or, with --official dit|sit, the
+                             published weights (Peebles & Xie 2023; Ma et al. 2024), whose learned sigma is not used: see --variance
 Writes  OUT/samples.npy      uint8 (n, H, W, C);  OUT/sample_labels.npy int64 (n,);  OUT/grid.png;  with --npz OUT/samples.npz (arr_0, the ADM form)
 
     python sample.py --checkpoint runs/digits/full/last.pt --num 1000 --sampler heun --steps 12 --out runs/digits/full
+    python sample.py --checkpoint SiT-XL-2-256x256.pt --official sit --cfg 1.5 --sampler sde --steps 250 --batch-size 32 --out runs/official
 Run the same command again after an interruption: what is there is kept.
 """
 import numpy as np
 import torch
 
 import common
-from models.diffusion import SAMPLERS, generate, to_uint8
+from models import diffusion
+from models.diffusion import SAMPLERS, to_uint8
 
 DEFAULT_SAMPLER = {"ddpm": ("ddim", 50), "flow": ("heun", 25)}
 
@@ -25,55 +29,54 @@ def make_labels(spec, n, num_classes, seed):
         return np.array([torch.randint(num_classes, (), generator=common.generator(seed, "label", i)).item() for i in range(n)], dtype=np.int64)
     y = np.array(common.load_npy(spec, f"labels, int64 ({n},)", (n,), "iu"), dtype=np.int64)
     if y.min() < 0 or y.max() > num_classes:
-        raise common.UserError(f"{spec}: labels run {y.min()}..{y.max()}, but the model knows 0..{num_classes - 1} ({num_classes} = no class)")
+        raise common.UserError(f"{spec}: labels run {y.min()}..{y.max()}, but the model knows 0..{num_classes - 1} ({num_classes} = no class); use labels of its classes")
     return y
 
 
-def draw(a, model, process, y, device, stage):
-    """Fill samples.part.npy; a flag per row is set after its pixels are on disk, so that nothing is drawn twice or left half-written."""
-    n, shape = len(y), (model.size, model.size, model.channels)
-    part, flags = stage.out / "samples.part.npy", stage.out / "samples.done.npy"
-    if common.rank() == 0 and not (stage.resuming and part.exists() and flags.exists()):
-        for path, s in ((flags, (n,)), (part, (n, *shape))):          # the flags first: zeros are always true
-            with common.atomic(path) as tmp:
-                np.lib.format.open_memmap(tmp, "w+", np.uint8, s).flush()
-    common.barrier()
-    pixels, done = (np.lib.format.open_memmap(f, "r+") for f in (part, flags))
-    lo, hi = common.shard(n)
-    todo = lo + np.flatnonzero(done[lo:hi] == 0)                      # (rows of this rank that are missing,)
-    batch = max(1, a.batch_size // common.world())
-    options = {"ancestral": {"variance": a.variance}, "ddim": {"eta": a.eta}}.get(a.sampler, {})
-    if process.name == "ddpm":
-        options["clip_x0"] = True
-    bar = common.progress(total=hi - lo, initial=hi - lo - len(todo), desc="samples")
-    for k in range(0, len(todo), batch):
-        ids = todo[k:k + batch]
+def draw(a, model, process, y, device, stage, vae=None, scale=None):
+    """samples.npy, by every process its part, then grid.png. With a vae the model's samples are latents times `scale`."""
+    n, (side, channels) = len(y), (model.size, model.channels) if vae is None else (model.size * vae.factor, 3)
+    drawn = dict(sampler=a.sampler, steps=a.steps, cfg=a.cfg, cfg_interval=a.cfg_interval, eta=a.eta, variance=a.variance)
+
+    def compute(ids):
         with common.autocast(device, a.amp):
-            x = generate(model, process, torch.from_numpy(y[ids]).to(device), [common.generator(a.seed, "sample", int(i)) for i in ids],
-                         a.sampler, a.steps, a.cfg, a.cfg_interval, **options)
+            noise = [common.generator(a.seed, "sample", int(i)) for i in ids]
+            x = diffusion.draw(model, process, torch.from_numpy(y[ids]).to(device), noise, drawn, vae, scale)          # (b, channels, side, side)
         if not x.isfinite().all():
-            bar.close()
             raise common.UserError(f"{a.checkpoint}: samples hold NaN or infinity; the checkpoint has diverged, or --cfg {a.cfg:g} is too large")
-        pixels[ids] = to_uint8(x).cpu().numpy()
-        pixels.flush()
-        done[ids] = 1
-        done.flush()
-        bar.update(len(ids))
-    bar.close()
-    common.barrier()
+        return to_uint8(x).cpu().numpy()
+    pixels, _ = common.fill(stage.out, "samples", (n, side, side, channels), np.uint8, a.batch_size, compute)
     if common.rank() == 0:
-        common.save_npy(stage.out / "sample_labels.npy", y)
         columns = min(10, n)
         rows = min(10, n // columns)
         by_class = np.argsort(y, kind="stable") if model.num_classes > columns or a.labels != "balanced" else np.arange(n)
-        common.save_grid(stage.out / "grid.png", np.asarray(pixels)[by_class[:rows * columns]].reshape(rows, columns, *shape))
-        part.replace(stage.out / "samples.npy")
-        flags.unlink()
+        common.save_grid(stage.out / "grid.png", pixels[by_class[:rows * columns]].reshape(rows, columns, *pixels.shape[1:]))
+
+
+def open_vae(a, settings, device):
+    """The Vae that decodes what the model draws: --vae, or the one named by the checkpoint's settings; None for a model of pixels."""
+    if not settings.get("latents"):
+        if a.vae:
+            raise common.UserError(f"--vae {a.vae}: {a.checkpoint} is a model of pixels, there is nothing to decode; leave it out")
+        return None
+    a.vae = a.vae or settings.get("vae")
+    if not a.vae:
+        raise common.UserError(f"{a.checkpoint}: a model of latents that does not name its VAE; give --vae")
+    from models.encoders import load_vae
+    with common.user_errors():
+        vae = load_vae(a.vae, device)
+    for what, mine, theirs in (("channels", vae.channels, settings["channels"]), ("scale", vae.scale, settings.get("latent_scale"))):
+        if mine != theirs:
+            raise common.UserError(f"{a.checkpoint}: made for latents with {what} = {theirs}, those of VAE {a.vae} have {mine}; give --vae the one it "
+                                   "was trained with")
+    return vae
 
 
 def parse_args(argv=None):
     p = common.Parser(__doc__)
-    p.add_argument("--checkpoint", required=True, help="checkpoint of train.py")
+    p.add_argument("--checkpoint", required=True, help="checkpoint of train.py, or official weights")
+    p.add_argument("--official", choices=("dit", "sit"), help="the checkpoint holds official weights of this kind")
+    p.add_argument("--vae", help="decoder of a model of latents, an AutoencoderKL of diffusers by name or folder; default: its data's")
     p.add_argument("--out", required=True, help="folder to write to, usually the run's")
     p.add_argument("--num", type=common.count, default=1000, help="number of samples (50 000 for published figures)")
     p.add_argument("--sampler", choices=sorted({s for kind in SAMPLERS.values() for s in kind}), help="default: ddim for ddpm, heun for flow")
@@ -83,7 +86,7 @@ def parse_args(argv=None):
     p.add_argument("--eta", type=common.number(low=0, high=1), default=0.0, help="ddim: 0 deterministic, 1 as random as DDPM")
     p.add_argument("--variance", choices=("beta", "beta-tilde"), default="beta", help="ancestral: variance of a step")
     p.add_argument("--labels", default="balanced", help="balanced, random, or a .npy of int64 labels")
-    p.add_argument("--batch-size", type=common.count, default=256, help="samples at a time, over all processes")
+    p.add_argument("--batch-size", type=common.batch_type, default=256, help="samples at a time, over all processes")
     p.add_argument("--amp", choices=common.AMP, default="none", help="precision of the network")
     p.add_argument("--npz", action="store_true", help="also write samples.npz for ADM's evaluator")
     p.add_argument("--seed", type=common.seed_type, default=0, help="sample i depends on (seed, i) alone")
@@ -96,30 +99,31 @@ def parse_args(argv=None):
 def main(argv=None):
     a = parse_args(argv)
     device = common.get_device(a.device)
-    state, model, process = common.open_checkpoint(a.checkpoint)
+    state, model, process = common.open_checkpoint(a.checkpoint, a.official)
+    settings = state["args"]
     a.sampler = a.sampler or DEFAULT_SAMPLER[process.name][0]
     a.steps = a.steps or DEFAULT_SAMPLER[process.name][1]
     if a.sampler not in SAMPLERS[process.name]:
         raise common.UserError(f"--sampler {a.sampler}: {a.checkpoint} is a {process.name} model; choose one of {', '.join(SAMPLERS[process.name])}")
-    if state["args"]["latents"]:
-        raise common.UserError(f"{a.checkpoint}: a model of latents; drawing from it needs a VAE decoder, which this version does not have")
     if a.cfg_interval[0] > a.cfg_interval[1]:
         raise common.UserError(f"--cfg-interval {a.cfg_interval[0]:g} {a.cfg_interval[1]:g}: the first must not be larger; 0 is data, 1 is noise")
-    y = make_labels(a.labels, a.num, model.num_classes, a.seed)
+    common.need_disk(a.out, a.num * model.size**2 * model.channels)
+    y, vae = make_labels(a.labels, a.num, model.num_classes, a.seed), open_vae(a, settings, device)
     outputs = ["samples.npy", "sample_labels.npy"] + ["samples.npz"] * a.npz
-    stage = common.Stage("sample", a.out, a, {"checkpoint": a.checkpoint}, outputs, ("batch_size", "npz"), a.overwrite)
+    stage = common.Stage("sample", a.out, a, {"checkpoint": a.checkpoint}, outputs, ("batch_size", "npz"), a.overwrite,
+                         stale=("samples*.np[yz]", "grid.png"), scraps=("samples.seconds.json",))
     if stage.done:
         return
-    if not stage.resuming and common.rank() == 0:                     # those of another call must never pass for this one's
-        (stage.out / "samples.npy").unlink(missing_ok=True)
-    common.barrier()
-    if not (stage.resuming and (stage.out / "samples.npy").exists()):  # else --npz was asked for later
-        common.log(f"writing {a.num * model.size**2 * model.channels / 2**20:,.1f} MB of samples into {stage.out}")
-        draw(a, model.to(device), process, y, device, stage)
+    if common.rank() == 0:
+        common.save_npy(stage.out / "sample_labels.npy", y)
+    if not common.from_rank0(lambda: all((stage.out / name).exists() for name in ("samples.npy", "grid.png"))):      # else --npz was asked for later
+        side = model.size * (vae.factor if vae else 1)
+        common.log(f"writing {a.num * side**2 * (3 if vae else model.channels) / 2**20:,.1f} MB of samples into {stage.out}")
+        draw(a, model.to(device), process, y, device, stage, vae, settings["latent_scale"] if vae else None)
     if a.npz and common.rank() == 0:
         with common.atomic(stage.out / "samples.npz") as tmp, open(tmp, "wb") as f:
             np.savez(f, arr_0=np.load(stage.out / "samples.npy", mmap_mode="r"), arr_1=y)
-    stage.finish(step=state["step"], data_sha256=state["args"]["data_sha256"], data=state["args"]["data"])
+    stage.finish(step=state.get("step"), data_sha256=settings.get("data_sha256"), data=settings.get("data"))
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ import common
 import models
 from models.conditioning import Projector, alignment_loss, drop_labels, match_grid, mean_token_cosine
 from models.diffusion import diffusion_loss, generate, make_process, sample_latents, to_pixels, to_uint8
+from models.encoders import check_latents
 
 # The published recipe of each scale (DDPM's CIFAR-10 setting, SiT's ImageNet setting; digits is this kit's own). A flag overrides.
 PRESETS = {
@@ -132,19 +133,23 @@ def ema_update(ema, params, decay, step):
 # ---------------------------------------------------------------------------------------------- inputs
 def load_inputs(a):
     """Everything that the flags name, checked before anything is written. Returns a namespace."""
-    d = common.open_data(a.data, pixels=False)
+    d, init = common.open_data(a.data, pixels=False), common.load_checkpoint(a.init, a.official) if a.init else None
+    if a.official:
+        if not a.init:
+            raise common.UserError(f"--official {a.official} says what --init holds; give --init CHECKPOINT, or leave it out")
+        a.model, a.process = a.model or init["args"]["model"], a.process or init["args"]["process"]
     a.preset = a.preset or ("imagenet" if d.latents is not None else "digits" if d.images.shape[1] <= 16 else "cifar10")
     for k, v in PRESETS[a.preset].items():
         if getattr(a, k) is None:
             setattr(a, k, v)
     if a.batch_size % (common.world() * a.accumulate):
         raise common.UserError(f"--batch-size {a.batch_size} is the global batch: it must be a multiple of processes x --accumulate = {common.world()} x {a.accumulate}")
-    i = argparse.Namespace(data=d, attach=None, text=None, mask=None, visual=None, weights=None, init=None)
+    i = argparse.Namespace(data=d, attach=None, text=None, mask=None, visual=None, weights=None, init=init)
     i.keep = np.arange(len(d.labels))
     if a.attach:
         attach = Path(a.attach)
-        record = common.load_json(attach / "attach.args.json", "the record of attach.py")
-        if record.get("inputs", {}).get("data") != d.info["sha256"]:
+        record = common.load_record(attach / "attach.args.json")
+        if record["inputs"].get("data") != d.info["sha256"]:
             raise common.UserError(f"{attach}: was made from another data set than {a.data} ({d.info['name']}); run attach.py on this one")
         i.keep = common.load_indices(attach / "keep.npy", len(d.labels), d.labels, d.num_classes)
         if a.indices and not np.array_equal(common.load_indices(a.indices, len(d.labels)), i.keep):
@@ -155,9 +160,10 @@ def load_inputs(a):
             common.check_finite(i.text, attach / "text.npy", "text tokens")
         if (attach / "visual.npy").exists() and a.align > 0:
             i.visual = common.load_npy(attach / "visual.npy", "visual tokens, float16 (M, [2,] tokens, d)", None, "f")
-            if len(i.visual) != len(i.keep) or i.visual.ndim not in (3, 4) or (i.visual.ndim == 4 and i.visual.shape[1] != 2):
+            if i.visual.ndim not in (3, 4) or len(i.visual) != len(i.keep) or 0 in i.visual.shape or (i.visual.ndim == 4 and i.visual.shape[1] != 2):
                 raise common.UserError(f"{attach / 'visual.npy'}: shape {i.visual.shape}, but {len(i.keep)} kept images need ({len(i.keep)}, tokens, d), or "
                                        f"({len(i.keep)}, 2, tokens, d) with flips; run attach.py again")
+            common.check_finite(i.visual[:4096], attach / "visual.npy", "visual tokens")
             if math.isqrt(i.visual.shape[-2]) ** 2 != i.visual.shape[-2]:
                 raise common.UserError(f"{attach / 'visual.npy'}: {i.visual.shape[-2]} tokens do not make a square grid; run attach.py again")
             if i.visual.ndim == 3:                                    # a mirrored image would be aligned to features of the unmirrored one
@@ -177,12 +183,22 @@ def load_inputs(a):
             raise common.UserError(f"{a.weights}: weights must be finite, not negative and not all zero; run reweight.py again")
         i.weights = torch.from_numpy(w)
     if d.latents is not None:
-        i.latent_scale = common.load_json(d.folder / "latents.json", "the description of the latents")["scale"]
+        i.about = common.load_json(d.folder / "latents.json", "the description of the latents")
+        try:
+            check_latents(d.latents, i.about, i.keep)
+        except ValueError as e:
+            raise common.UserError(f"{d.folder / 'latents.npy'}: {e}") from e
         if a.flips:
             raise common.UserError("--flips: latents cannot be mirrored; use --no-flips")
-    if a.init:
-        i.init = common.load_pt(a.init)
+        if (scale := init_settings(i).get("latent_scale")) not in (None, i.about["scale"]):
+            raise common.UserError(f"{a.init}: was trained on latents x {scale}, {d.folder / 'latents.json'} says {i.about['scale']}: encode anew")
     return i
+
+
+def init_settings(i):
+    """The settings that the checkpoint of --init carries, or {}."""
+    args = (i.init or {}).get("args")
+    return args if isinstance(args, dict) else {}
 
 
 def settings_of(a, i):
@@ -191,9 +207,15 @@ def settings_of(a, i):
     size, channels = (source.shape[2], source.shape[1] // 2) if d.latents is not None else (source.shape[1], source.shape[3])
     if source.shape[2] != (source.shape[3] if d.latents is not None else source.shape[1]):
         raise common.UserError(f"{d.folder}: images are not square {source.shape}; make them so with data.py --size")
-    return dict(model=a.model, process=a.process, predict=a.predict if a.process == "ddpm" else "v", size=size, channels=channels, num_classes=d.num_classes,
-                class_std=a.class_std, text_shape=list(i.text.shape[1:]) if i.text is not None else None, dropout=a.dropout, recompute=a.recompute,
-                latents=d.latents is not None, latent_scale=getattr(i, "latent_scale", None), classes=d.classes, data=d.info["name"], data_sha256=d.info["sha256"])
+    settings = dict(model=a.model, process=a.process, predict=a.predict if a.process == "ddpm" else "v", size=size, channels=channels, num_classes=d.num_classes,
+                    class_std=a.class_std, text_shape=list(i.text.shape[1:]) if i.text is not None else None, dropout=a.dropout, recompute=a.recompute,
+                    latents=d.latents is not None, classes=d.classes, data=d.info["name"], data_sha256=d.info["sha256"],
+                    latent_scale=i.about["scale"] if d.latents is not None else None, vae=i.about.get("vae") if d.latents is not None else None,
+                    **{k: v for k, v in init_settings(i).items() if k in ("learn_sigma", "depth")})         # parts of an official network's shape
+    for k in ("process", "predict"):
+        if (was := init_settings(i).get(k, settings[k])) != settings[k]:
+            raise common.UserError(f"{a.init}: was trained with --{k} {was}, this run has {settings[k]}; its weights would mean something else")
+    return settings
 
 
 # ---------------------------------------------------------------------------------------------- pictures and the log
@@ -280,9 +302,6 @@ def train(a, i, stage, device):
     with common.user_errors():
         model = models.build(settings, i.text, i.mask)
     if i.init is not None:
-        for k in ("process", "predict"):
-            if i.init.get("args", {}).get(k, settings[k]) != settings[k]:
-                raise common.UserError(f"{a.init}: was trained with --{k} {i.init['args'][k]}, this run has {settings[k]}; its weights would mean something else")
         with common.user_errors():
             models.init_from(model, i.init, a.init)
     projector = None
@@ -387,9 +406,9 @@ def train(a, i, stage, device):
         images_seen, rows = images_seen + B, ahead
         bar.update()
         done, last = step + 1, step + 1 == a.steps
-        leave = any_rank(stop) if common.world() == 1 or last or done % 10 == 0 else False        # asking the other ranks waits for the device
+        leave = any_rank(stop) if common.world() == 1 or last or done % 10 == 0 else False        # asking the other ranks takes a moment
         saving = last or leave or a.checkpoint_every and done % a.checkpoint_every == 0  # a log line with each checkpoint: a resume loses no sums
-        if done % a.log_every == 0 or saving or (device.type == "cpu" or done % MAX_BAD_STEPS == 0) and bad[0] >= MAX_BAD_STEPS:
+        if done % a.log_every == 0 or saving or device.type == "cpu" and bad[0] >= MAX_BAD_STEPS:       # a GPU is waited for at log lines only
             spent = seconds + time.time() - clock
             if bad[0] >= MAX_BAD_STEPS or last and bad[0] > 2:        # one or two are fp16 finding its scale, and their weights are sound
                 bar.close()
@@ -400,16 +419,15 @@ def train(a, i, stage, device):
             if first_log is None and not last:
                 first_log = (spent - seconds) / (done - start)
                 common.log(f"{B / first_log:,.0f} images/s, about {first_log * (a.steps - done) / 60:,.1f} minutes to go")
-        if saving:
-            if bad[0] <= 2:                                           # never replace a good checkpoint in the middle of a divergence
-                save(done)
-                if main and a.checkpoint_every and done % a.checkpoint_every == 0:
-                    common.save_pt(stage.out / f"step_{done:07d}.pt", {"ema": ema.state_dict(), "step": done, "images_seen": images_seen,
-                                                                       "seconds": seconds + time.time() - clock, "args": {**vars_of(a), **settings}})
         if main and not settings["latents"] and (a.sample_every and done % a.sample_every == 0 or last):
             pause = time.time()
             preview(ema, process, settings, device, stage.out / f"samples_{done:07d}.png", a.seed)
             clock += time.time() - pause                              # pictures are not training
+        if saving and bad[0] <= 2:                                    # never replace a good checkpoint in the middle of a divergence
+            if main and a.checkpoint_every and done % a.checkpoint_every == 0:
+                common.save_pt(stage.out / f"step_{done:07d}.pt", {"ema": ema.state_dict(), "step": done, "images_seen": images_seen,
+                                                                   "seconds": seconds + time.time() - clock, "args": {**vars_of(a), **settings}})
+            save(done)                                                # last of all: a resume does nothing again of what is in it
         if leave:
             common.log(f"stopped by SIGTERM at step {done}; run the same command again to go on")
             sys.stdout.flush()
@@ -427,17 +445,15 @@ def train(a, i, stage, device):
 def steps_left(checkpoint, steps):
     """Steps that a finished run still lacks; the number may grow, not shrink."""
     done = common.load_pt(checkpoint)["step"]
+    common.check_kinds(checkpoint, "its step", done, int)
     if done > steps:
         raise common.UserError(f"{checkpoint}: has {done} steps already, --steps {steps} is fewer; choose another --out")
     return steps - done
 
 
 def any_rank(stop):
-    """True on every rank as soon as one was told to stop: all must leave after the same step."""
-    if common.world() == 1:
-        return bool(stop)
-    flag = torch.tensor([len(stop)], device=f"cuda:{torch.cuda.current_device()}" if torch.distributed.get_backend() == "nccl" else "cpu")
-    return bool(common.all_reduce(flag).item())
+    """True on every rank as soon as one was told to stop: all must leave after the same step. A tensor of the CPU: the device is not waited for."""
+    return bool(common.all_reduce(torch.tensor(len(stop))))
 
 
 def vars_of(a):
@@ -457,9 +473,10 @@ def parse_args(argv=None):
     p.add_argument("--model", choices=models.MODELS, help="network")
     p.add_argument("--process", choices=("ddpm", "flow"), help="diffusion process")
     p.add_argument("--predict", choices=("eps", "v"), default="eps", help="what a ddpm network predicts (flow: always v)")
-    p.add_argument("--init", help="checkpoint of train.py to take the start weights from (its EMA)")
+    p.add_argument("--init", help="checkpoint of train.py to take the start weights from (its EMA), or official weights")
+    p.add_argument("--official", choices=("dit", "sit"), help="--init holds official weights of this kind; sets --model and --process where they are left out")
     p.add_argument("--steps", type=common.number(int, low=0, high=2**40), help="optimizer steps in all")
-    p.add_argument("--batch-size", type=common.count, help="global batch, over all processes and accumulated parts")
+    p.add_argument("--batch-size", type=common.batch_type, help="global batch, over all processes and accumulated parts")
     p.add_argument("--accumulate", type=common.count, default=1, help="parts into which each process cuts its share of a batch")
     p.add_argument("--lr", type=common.number(above=0), help="learning rate of AdamW (weight decay 0)")
     p.add_argument("--schedule", choices=("constant", "cosine"), help="learning rate after the warm-up; a cosine run cannot be prolonged")
@@ -494,11 +511,8 @@ def main(argv=None):
     free = ["checkpoint_every", "sample_every", "log_every", "flips_asked"] + ["steps"] * (a.schedule == "constant")
     attached = {f"attach_{n}": Path(a.attach) / f"{n}.npy" for n in ("keep", "text", "visual") if a.attach and (Path(a.attach) / f"{n}.npy").exists()}
     inputs = {"data": i.data.info, "indices": a.indices, "weights": a.weights, "init": a.init, **attached}
-    stage = common.Stage("train", a.out, a, inputs, ("last.pt", "loss.png"), free, a.overwrite,
+    stage = common.Stage("train", a.out, a, inputs, ("last.pt", "loss.png"), free, a.overwrite, stale=("last.pt", "step_*.pt", "samples_*.png", "stats.jsonl", "loss.png"),
                          ready=lambda: steps_left(Path(a.out) / "last.pt", a.steps) == 0)
-    if a.overwrite and common.rank() == 0:
-        for old in [*stage.out.glob("step_*.pt"), *stage.out.glob("samples_*.png"), *(stage.out / n for n in ("last.pt", "stats.jsonl", "loss.png") if (stage.out / n).exists())]:
-            old.unlink()
     if stage.done:
         return
     stage.finish(**train(a, i, stage, device))

@@ -222,6 +222,18 @@ def generate(model, process, y, generators, sampler, steps, cfg=1.0, interval=(0
     return x.float()
 
 
+def draw(model, process, y, generators, drawn, vae=None, scale=None):
+    """Images (n, C, H, W) float32 in [-1, 1] for labels y (n,), as sample.py draws them and evaluate.py's trajectories once more.
+
+    drawn: dict with sampler, steps, cfg, cfg_interval, eta and variance. With a vae the model's samples are latents times `scale`, and decoded.
+    """
+    options = {"ancestral": {"variance": drawn["variance"]}, "ddim": {"eta": drawn["eta"]}}.get(drawn["sampler"], {})
+    if process.name == "ddpm":
+        options["clip_x0"] = vae is None                              # pixels lie in [-1, 1], latents do not
+    x = generate(model, process, y, generators, drawn["sampler"], drawn["steps"], drawn["cfg"], drawn["cfg_interval"], **options)
+    return x if vae is None else vae.decode(x / scale)
+
+
 def to_pixels(x):
     """uint8 (n, H, W, C) -> float32 (n, C, H, W) in [-1, 1]."""
     return x.permute(0, 3, 1, 2).float() / 127.5 - 1

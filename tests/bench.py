@@ -1,15 +1,24 @@
 """Measurements that are run by hand; none of them is a test.
 
+    python tests/bench.py train                    # train.py's own loop against diffusers and denoising-diffusion-pytorch, turn by turn in one process
+    python tests/bench.py sample                   # DDIM against diffusers' pipeline at equal steps
+    python tests/bench.py evaluate                 # the distance at 2 048 dimensions and the extraction, against pytorch-fid
     python tests/bench.py prune                    # memory and time of every score on 200 000 x 2 048 features, 1 000 classes (1.6 GB of disk)
     python tests/bench.py prune --only kcenter     # one row of it
     python tests/bench.py prune --size 0.01        # the same on a hundredth, to see that it runs
 
-Each benchmark is a function of BENCHMARKS that prints a table and, for scripts, plain lines `name value`. Scratch files go to a temporary folder
-(--scratch) and are deleted.
+train and sample need the peers, in an environment of their own so that the project's stays as it is:
+    python -m venv .venv-bench && .venv-bench/bin/pip install -r requirements.txt diffusers denoising-diffusion-pytorch
+    .venv-bench/bin/python tests/bench.py train
+
+Each benchmark is a function of BENCHMARKS that prints a table and, for scripts, plain lines `name value`. Machines are noisy: contestants take turns
+in one process, what is compared is the median over the turns. Scratch files go to a temporary folder (--scratch) and are deleted.
 """
 import argparse
 import json
+import math
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -19,6 +28,7 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
 
 def measure(command):
@@ -90,7 +100,318 @@ def bench_prune(args):
         print("\n".join(lines))
 
 
-BENCHMARKS = {"prune": bench_prune}
+# ---------------------------------------------------------------------------------------------- turns
+def wait(device):
+    if device.type == "cuda":
+        import torch
+        torch.cuda.synchronize()
+
+
+def matmul_peak(device, dtype, n=None, repeats=10):
+    """FLOP/s of the best of `repeats` products of two n x n matrices: what the device can do in practice."""
+    import torch
+    n = n or (8192 if device.type == "cuda" else 2048)
+    a, best = torch.randn(n, n, device=device).to(dtype), math.inf
+    for _ in range(repeats + 1):
+        wait(device)
+        start = time.perf_counter()
+        a @ a
+        wait(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best
+
+
+def table(device, rows, header):
+    import torch
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"\n{name}, torch {torch.__version__}\n" + header)
+    for r in rows:
+        print(r)
+
+
+class Turns:
+    """Stands in for the progress bar of train.py: after every `block` steps of ours each peer makes `block` steps. So it is train.py's real loop that is
+    measured, with its data order, log, EMA and checks. seconds: {name: [of each turn]}; the first two turns are warm-up."""
+
+    def __init__(self, ours, peers, block, device):
+        self.ours, self.peers, self.block, self.device, self.n, self.seconds = ours, peers, block, device, 0, {k: [] for k in (ours, *peers)}
+        self.start = None
+
+    def __call__(self, *_, **__):                                     # train.py makes its bar just before the loop
+        self.start = time.perf_counter()
+        return self
+
+    def update(self, _=1):
+        self.n += 1
+        if self.n % self.block:
+            return
+        wait(self.device)
+        self.seconds[self.ours].append(time.perf_counter() - self.start)
+        for name, step in self.peers.items():
+            start = time.perf_counter()
+            for _ in range(self.block):
+                step()
+            wait(self.device)
+            self.seconds[name].append(time.perf_counter() - start)
+        self.start = time.perf_counter()
+
+    set_postfix = close = lambda *_, **__: None
+
+    def medians(self):
+        return {k: statistics.median(v[2:]) / self.block for k, v in self.seconds.items()}
+
+
+# ---------------------------------------------------------------------------------------------- training
+def loop_of(model, loss_of, device, amp, ema_of=None):
+    """The plain loop of diffusers' unconditional example: loss, backward, clipping, AdamW, schedule, zero_grad, EMA."""
+    import torch
+    from diffusers.optimization import get_scheduler
+    from diffusers.training_utils import EMAModel
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    schedule, ema = get_scheduler("constant", optimizer), EMAModel(model.parameters(), decay=0.9999)
+    model.train()
+
+    def step():
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp):
+            loss = loss_of(model)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        ema.step(model.parameters())
+        return loss.item()                                            # it logs each step's loss
+    return step
+
+
+def diffusers_unet(dropout):
+    """The U-Net of google/ddpm-cifar10-32: 35.7 M parameters, the blocks of models/unet.py."""
+    from diffusers import UNet2DModel
+    return UNet2DModel(sample_size=32, block_out_channels=(128, 256, 256, 256), layers_per_block=2, dropout=dropout, downsample_padding=0, norm_eps=1e-6,
+                       flip_sin_to_cos=False, freq_shift=1, attention_head_dim=None,
+                       down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+                       up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"))
+
+
+def diffusers_dit(size):
+    from diffusers import DiTTransformer2DModel
+    from models.sit import SIZES
+    s = SIZES[size]
+    return DiTTransformer2DModel(num_attention_heads=s["heads"], attention_head_dim=s["width"] // s["heads"], in_channels=4, out_channels=4,
+                                 num_layers=s["depth"], sample_size=32, patch_size=2, num_embeds_ada_norm=1000)
+
+
+def eps_loss(x, classes=None):
+    """Loss of a diffusers model on the fixed batch x (B, C, H, W), fresh noise and times, by its own scheduler."""
+    import torch
+    from diffusers import DDPMScheduler
+    scheduler = DDPMScheduler(num_train_timesteps=1000)
+
+    def loss_of(model):
+        noise, t = torch.randn_like(x), torch.randint(0, 1000, (len(x),), device=x.device)
+        more = {} if classes is None else {"class_labels": torch.randint(0, classes, (len(x),), device=x.device)}
+        return torch.nn.functional.mse_loss(model(scheduler.add_noise(x, noise, t), t, **more).sample.float(), noise.float())
+    return loss_of
+
+
+def lucidrains_step(x, device):
+    """denoising-diffusion-pytorch: its own U-Net of width 128 (another network: compare its share of the peak, not its speed)."""
+    import torch
+    from denoising_diffusion_pytorch import GaussianDiffusion, Unet
+    net = Unet(dim=128, dim_mults=(1, 2, 2, 2), dropout=0.1, flash_attn=False)
+    diffusion = GaussianDiffusion(net, image_size=32, timesteps=1000).to(device)
+    optimizer = torch.optim.Adam(diffusion.parameters(), lr=1e-4)
+
+    def step():
+        loss = diffusion(x * 0.5 + 0.5)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(diffusion.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+    return step, net
+
+
+def forward_flops(net, *inputs):
+    """FLOPs of one forward pass (a multiplication and an addition are two), by torch.utils.flop_counter."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        net(*inputs)
+    return counter.get_total_flops()
+
+
+def training_data(folder, latents, classes):
+    """A data folder of 2 048 random images 32 x 32 x 3, or as many latents 32 x 32 x 4, in `classes` classes."""
+    folder.mkdir()
+    rng, n = np.random.default_rng(0), 2048
+    np.save(folder / "labels.npy", np.arange(n) % classes)
+    (folder / "classes.txt").write_text("".join(f"{c}\n" for c in range(classes)))
+    (folder / "dataset.json").write_text(json.dumps({"name": "bench", "sha256": "made by bench.py"}))
+    if latents:
+        z = np.concatenate([rng.normal(size=(n, 4, 32, 32)), np.full((n, 4, 32, 32), 0.1)], 1).astype(np.float16)
+        np.save(folder / "latents.npy", z)
+        (folder / "latents.json").write_text(json.dumps({"vae": "bench", "scale": 1.0, "mean": float(z[:, :4].mean()), "std": float(z[:, :4].std())}))
+    else:
+        np.save(folder / "images.npy", rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8))
+
+
+def train_turns(args, name, batch, amp, peers, tmp, block, more=()):
+    """Median seconds a step of train.py and of each peer, taking turns; {name: seconds}."""
+    import common
+    import train
+    sit = name.startswith("SiT")
+    data, out = Path(tmp, "latents" if sit else "images"), Path(tmp, f"run{len(list(Path(tmp).glob('run*')))}")
+    if not data.exists():
+        training_data(data, sit, 1000 if sit else 10)
+    turns, bar, preview = Turns("ours", peers, block, args.device), common.progress, train.preview
+    common.progress, train.preview = turns, lambda *_, **__: None     # restored below; the pictures after the last step are not the loop
+    try:
+        train.main(["--data", str(data), "--out", str(out), "--preset", "imagenet" if sit else "cifar10", "--model", name, "--batch-size", str(batch), "--amp", amp,
+                    "--steps", str(block * (args.turns + 2)), "--log-every", "1000000", "--checkpoint-every", "0", "--no-flips", "--device", str(args.device), *more])
+    finally:
+        common.progress, train.preview = bar, preview
+    return turns.medians()
+
+
+def bench_train(args):
+    """Images per second of train.py's loop and of the peers, the FLOPs counted and the share of the matmul peak."""
+    import torch
+
+    import models
+    gpu = args.device.type == "cuda"
+    rows, lines = [], []
+    peak = {k: matmul_peak(args.device, t) for k, t in (("none", torch.float32), ("bf16", torch.bfloat16))}
+    cases = [("unet", b, "U-Net") for b in ((128, 512) if gpu else (16,))] + [("SiT-XL/2" if gpu else "SiT-S/2", 256 if gpu else 16, "DiT")]
+    cases = [c for c in cases if not args.only or c[0] in args.only]
+    with tempfile.TemporaryDirectory(dir=args.scratch, prefix="bench_train_") as tmp:
+        for name, batch, kind in cases:
+            sit = kind == "DiT"
+            x = torch.randn(batch, 4 if sit else 3, 32, 32, device=args.device)
+            make = (lambda: diffusers_dit(name[4:-2])) if sit else (lambda: diffusers_unet(0.1))              # noqa: B023
+            loss_of, one = eps_loss(x, 1000 if sit else None), torch.zeros(1, dtype=torch.long)
+            net = models.build(dict(model=name, process="flow" if sit else "ddpm", size=32, channels=x.shape[1], num_classes=1000 if sit else 10))
+            flops = {"ours": forward_flops(net, torch.zeros(1, *x.shape[1:]), one.float(), one),
+                     "diffusers": forward_flops(make(), torch.zeros(1, *x.shape[1:]), one, *([one] if sit else []))}
+            params = sum(p.numel() for p in net.parameters() if p.requires_grad)
+            del net
+            for amp in ("bf16", "none"):
+                peers = {"diffusers_fp32": loop_of(make().to(args.device), loss_of, args.device, False)}
+                if amp == "bf16":
+                    peers["diffusers_bf16"] = loop_of(make().to(args.device), loss_of, args.device, True)
+                if not sit and amp == "none":
+                    peers["lucidrains_fp32"], other = lucidrains_step(x, args.device)
+                    flops["lucidrains"] = forward_flops(other, x[:1], one.to(args.device))
+                seconds = train_turns(args, name, batch, amp, peers, tmp, 10 if gpu else 1, ["--compile"] * gpu)
+                for who, s in seconds.items():
+                    precision = amp if who == "ours" else "none" if who.endswith("fp32") else "bf16"
+                    f = flops[who.split("_")[0]]
+                    rows.append(f"{name:9} {batch:6} {'train.py' if who == 'ours' else who.split('_')[0]:12} {'fp32' if precision == 'none' else precision:5} {batch / s:10.2f} {f / 1e9:9.2f} "
+                                f"{3 * f * batch / s / peak[precision]:8.0%}")
+                tag, mine = name.replace("/", "").replace("-", "").lower() + (f"_b{batch}" if gpu else ""), "fp32_" if amp == "none" else ""
+                for who in seconds:
+                    if who.startswith("diffusers"):
+                        lines.append(f"train_{'' if tag == 'unet' else tag + '_'}{mine}vs_{who} {seconds[who] / seconds['ours']:.3f}")
+            rows.append(f"{'':9} {params / 1e6:.1f} M parameters")
+    table(args.device, rows, f"matmul peak {peak['none'] / 1e12:.3f} TFLOP/s fp32, {peak['bf16'] / 1e12:.3f} bf16; a training step counts as three forward passes; {args.turns} turns\n"
+          f"{'network':9} {'batch':>6} {'loop':12} {'amp':5} {'images/s':>10} {'GFLOP/img':>9} {'of peak':>8}")
+    print("\n".join(lines))
+
+
+# ---------------------------------------------------------------------------------------------- sampling and evaluation
+def take_turns(contestants, turns, device):
+    """Median seconds of each of {name: function} over `turns` rounds, in turn, after one round of warm-up."""
+    seconds = {k: [] for k in contestants}
+    for _ in range(turns + 1):
+        for name, run in contestants.items():
+            wait(device)
+            start = time.perf_counter()
+            run()
+            wait(device)
+            seconds[name].append(time.perf_counter() - start)
+    return {k: statistics.median(v[1:]) for k, v in seconds.items()}
+
+
+def bench_sample(args):
+    """DDIM with the CIFAR-10 U-Net: generate() as sample.py calls it against diffusers' DDIMPipeline, equal steps, same batch."""
+    import torch
+    from diffusers import DDIMPipeline, DDIMScheduler
+
+    import common
+    import models
+    from models.diffusion import generate, make_process
+    gpu = args.device.type == "cuda"
+    n, steps = (256, 50) if gpu else (16, 5)
+    model = models.build(dict(model="unet", process="ddpm", size=32, channels=3, num_classes=10)).eval().requires_grad_(False)
+    model = model.to(args.device, memory_format=torch.channels_last)
+    process, y = make_process("ddpm"), torch.zeros(n, dtype=torch.long, device=args.device)
+    pipe = DDIMPipeline(diffusers_unet(0.1).eval().to(args.device), DDIMScheduler(num_train_timesteps=1000))
+    pipe.set_progress_bar_config(disable=True)
+
+    def ours(amp, cfg=1.0):
+        with common.autocast(args.device, amp):
+            generate(model, process, y, [common.generator(0, "sample", i) for i in range(n)], "ddim", steps, cfg, clip_x0=True)
+
+    def theirs(half):
+        with torch.autocast(args.device.type, dtype=torch.bfloat16, enabled=half):
+            pipe(batch_size=n, num_inference_steps=steps, output_type="np")
+    s = take_turns({"sample.py --amp bf16": lambda: ours("bf16"), "sample.py": lambda: ours("none"), "diffusers DDIMPipeline": lambda: theirs(False),
+                    "diffusers DDIMPipeline, bf16": lambda: theirs(True)}, args.turns, args.device)
+    table(args.device, [f"{k:30} {n / v:10.3f} {n * steps / v:14.2f}" for k, v in s.items()],
+          f"DDIM, {steps} steps, {n} images at a time, {args.turns} turns\n{'who':30} {'images/s':>10} {'evaluations/s':>14}")
+    ours_bf16, ours_fp32, theirs_fp32, theirs_bf16 = s.values()
+    print(f"sample_vs_diffusers {theirs_fp32 / ours_bf16:.3f}\nsample_fp32_vs_diffusers_fp32 {theirs_fp32 / ours_fp32:.3f}\n"
+          f"sample_bf16_vs_diffusers_bf16 {theirs_bf16 / ours_bf16:.3f}")
+
+
+def bench_evaluate(args):
+    """The Frechet distance at 2 048 dimensions and Inception's features, against pytorch-fid."""
+    from types import SimpleNamespace
+
+    import scipy.linalg
+    import torch
+    from PIL import Image
+    from pytorch_fid import fid_score
+    from pytorch_fid import inception as fid
+
+    from models import encoders, metrics
+    rng, D = np.random.default_rng(0), 2048
+    stats = [metrics.gaussian_stats(rng.standard_normal((3 * D, D), np.float32) @ rng.standard_normal((D, D), np.float32) / D**0.5 + shift) for shift in (0, 0.1)]
+    if tuple(map(int, scipy.__version__.split(".")[:2])) >= (1, 18):  # scipy dropped the argument that pytorch-fid 0.3.0 passes
+        fid_score.linalg = SimpleNamespace(sqrtm=lambda a, disp=None: (scipy.linalg.sqrtm(a), None), norm=scipy.linalg.norm)
+    values = {}
+    s = take_turns({"ours": lambda: values.update(ours=metrics.frechet_distance(*stats[0], *stats[1])),
+                    "pytorch-fid": lambda: values.update(theirs=fid_score.calculate_frechet_distance(*stats[0], *stats[1]))}, max(1, args.turns // 3), args.device)
+    rows = [f"distance, {D} dimensions           {s['ours']:10.2f} s {s['pytorch-fid']:10.2f} s   relative difference {abs(values['ours'] / values['theirs'] - 1):.1e}"]
+    lines = [f"frechet_vs_pytorch_fid {s['pytorch-fid'] / s['ours']:.3f}"]
+    n = 2048 if args.device.type == "cuda" else 32
+    with tempfile.TemporaryDirectory(dir=args.scratch, prefix="bench_evaluate_") as tmp:
+        images = rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)
+        files = [Path(tmp, f"{i:05d}.png") for i in range(n)]
+        for f, x in zip(files, images):
+            Image.fromarray(x).save(f)
+        theirs = fid._inception_v3(num_classes=1008, aux_logits=False, weights=None)                           # random weights in the real layout
+        for block, (width, branch) in {"5b": (192, 32), "5c": (256, 64), "5d": (288, 64)}.items():
+            setattr(theirs, f"Mixed_{block}", fid.FIDInceptionA(width, pool_features=branch))
+        for block, width in {"6b": 128, "6c": 160, "6d": 160, "6e": 192}.items():
+            setattr(theirs, f"Mixed_{block}", fid.FIDInceptionC(768, channels_7x7=width))
+        theirs.Mixed_7b, theirs.Mixed_7c = fid.FIDInceptionE_1(1280), fid.FIDInceptionE_2(2048)
+        torch.save(theirs.state_dict(), Path(tmp, "inception.pth"))
+        fid.fid_inception_v3 = lambda: theirs
+        enc, peer = encoders.load("inception", args.device, weights=Path(tmp, "inception.pth")), fid.InceptionV3([3]).to(args.device)
+        fid_score.tqdm = lambda x, **_: x
+        values = {}
+        s = take_turns({"ours": lambda: values.update(ours=encoders.extract(enc, images, 50)),
+                        "pytorch-fid": lambda: values.update(theirs=fid_score.get_activations(files, peer, 50, 2048, args.device, 1))},
+                       max(1, args.turns // 3), args.device)
+    worst = np.abs(values["ours"] - values["theirs"]).max() / np.abs(values["theirs"]).max()
+    rows.append(f"Inception features, {n:5} images   {s['ours']:10.2f} s {s['pytorch-fid']:10.2f} s   relative difference {worst:.1e}")
+    lines.append(f"extract_vs_pytorch_fid {s['pytorch-fid'] / s['ours']:.3f}")
+    table(args.device, rows, f"{'':34} {'ours':>10}   {'pytorch-fid':>10}")
+    print("\n".join(lines))
+
+
+BENCHMARKS = {"train": bench_train, "sample": bench_sample, "evaluate": bench_evaluate, "prune": bench_prune}
 
 
 def main(argv=None):
@@ -98,8 +419,13 @@ def main(argv=None):
     p.add_argument("benchmark", choices=tuple(BENCHMARKS))
     p.add_argument("--size", type=float, default=1.0, help="share of the full size")
     p.add_argument("--only", nargs="+", help="these rows alone")
+    p.add_argument("--turns", type=int, default=10, help="turns of each contestant, after two of warm-up")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     p.add_argument("--scratch", type=Path, help="folder for temporary files instead of the system's")
     args = p.parse_args(argv)
+    if args.benchmark != "prune":
+        import common
+        args.device = common.get_device(args.device)
     BENCHMARKS[args.benchmark](args)
 
 

@@ -2,11 +2,15 @@
 import hashlib
 import json
 import os
+import socket
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -17,6 +21,12 @@ os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: minutes, not seconds; run by .ci/run after the fast ones")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:                                                # diffusers is optional: .ci/run installs it before the slow tests
+        if "real_vae" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
 
 
 def make_data(folder, sizes=(20, 17, 13), side=8, channels=1, seed=0):
@@ -34,7 +44,70 @@ def make_data(folder, sizes=(20, 17, 13), side=8, channels=1, seed=0):
     return folder
 
 
+def processes(n, *command, timeout=120, **env):
+    """A Python command as the n ranks of one process group on this machine, as torchrun would start them: [(exit code, stdout, stderr) of each rank]."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **env}
+    ranks = [subprocess.Popen([sys.executable, *map(str, command)], env={**env, "RANK": str(r), "LOCAL_RANK": str(r)}, stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE, text=True) for r in range(n)]
+    try:
+        texts = [p.communicate(timeout=timeout) for p in ranks]
+    finally:
+        for p in ranks:
+            p.kill()
+    return [(p.returncode, *t) for p, t in zip(ranks, texts)]
+
+
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory):
     """50 images 8 x 8 x 1 in 3 classes. Shared by all tests: read only."""
     return make_data(tmp_path_factory.mktemp("tiny") / "data")
+
+
+class FakeKL:
+    """What models.encoders.Vae asks of diffusers' AutoencoderKL, in a few lines: every 2 x 2 pixels become one, no weights. `seen`: batch sizes."""
+    config = dict(in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(1, 1), scaling_factor=0.25)
+
+    def __init__(self):
+        self.seen = []
+
+    def encode(self, x):
+        self.seen.append(len(x))
+        small = torch.nn.functional.avg_pool2d(x, 2)                  # (n, 3, h, w)
+        mean = torch.cat([3 * small + 0.5, small[:, :1] * small[:, 1:2]], 1)
+        return SimpleNamespace(latent_dist=SimpleNamespace(mean=mean, std=0.1 + mean.abs() / 8))
+
+    def decode(self, z):
+        self.seen.append(len(z))
+        pixels = torch.sin(0.03 * (z[:, :3] + 0.5 * z[:, 3:]))        # bounded, and never flat however large the latents
+        return SimpleNamespace(sample=torch.nn.functional.interpolate(pixels, scale_factor=2, mode="nearest"))
+
+
+def use_fake_vae(**config):
+    """Put it in the place of every VAE that is asked for; returns the network."""
+    from models import encoders
+    net = FakeKL()
+    net.config = {**FakeKL.config, **config}
+    encoders.load_vae = lambda name, device="cpu": encoders.Vae(net, name)
+    return net
+
+
+@pytest.fixture
+def fake_vae(monkeypatch):
+    from models import encoders
+    monkeypatch.setattr(encoders, "load_vae", encoders.load_vae)      # put back afterwards
+    return use_fake_vae()
+
+
+@pytest.fixture(scope="session")
+def real_vae(tmp_path_factory):
+    """The folder of a tiny AutoencoderKL with random weights, written by diffusers itself; skips where that is not installed."""
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    net = diffusers.AutoencoderKL(block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, down_block_types=("DownEncoderBlock2D",) * 2,
+                                  up_block_types=("UpDecoderBlock2D",) * 2, sample_size=16, scaling_factor=0.3)
+    folder = tmp_path_factory.mktemp("vae")
+    net.save_pretrained(folder)
+    return folder, net.eval()

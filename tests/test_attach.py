@@ -1,6 +1,7 @@
 """attach.py: the score against closed forms, selection against a plain loop, text and visual tokens, resume, and one clear line for each mistake."""
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import attach
 import models
 import prune
 import train
+from conftest import processes
 from models.conditioning import minilm_tokens, text_tokens
 from models.diffusion import DDPM, Flow
 from models.encoders import train_scratch
@@ -590,13 +592,46 @@ def test_in_a_process_of_its_own(made, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_write_what_one_writes(made, tmp_path):
+@pytest.mark.parametrize("n", [2, 3])
+def test_processes_write_what_one_writes(n, made, tmp_path):
     data, ck = made
     flags = ["--data", str(data), "--reference", str(ck), "--per-class", "3", "--visual", "ddae", "--device", "cpu", "--batch-size", "4"]
     attach.main([*flags, "--out", str(tmp_path / "one")])
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "attach.py"), *flags,
-                           "--out", str(tmp_path / "two")], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    ranks = processes(n, ROOT / "attach.py", *flags, "--out", tmp_path / "all")
+    assert [code for code, *_ in ranks] == n * [0] and [out.count("attach.py: kept 9 of 29") for _, out, _ in ranks] == [1] + (n - 1) * [0], ranks
     for name in ("difficulty.npy", "visual.npy"):
-        np.testing.assert_allclose(np.load(tmp_path / "two" / name), np.load(tmp_path / "one" / name), rtol=2e-3, atol=1e-4)
-    np.testing.assert_array_equal(np.load(tmp_path / "two" / "keep.npy"), np.load(tmp_path / "one" / "keep.npy"))
+        np.testing.assert_allclose(np.load(tmp_path / "all" / name), np.load(tmp_path / "one" / name), rtol=2e-3, atol=1e-4)   # float16 at most
+    np.testing.assert_allclose(np.load(tmp_path / "all" / "difficulty.npy"), np.load(tmp_path / "one" / "difficulty.npy"), rtol=1e-5)
+    for name in ("keep.npy", "text.npy", "text_mask.npy"):
+        np.testing.assert_array_equal(np.load(tmp_path / "all" / name), np.load(tmp_path / "one" / name))
+    a, b = (json.loads((tmp_path / out / "attach.args.json").read_text()) for out in ("all", "one"))
+    for key in ("fd_subset", "fd_random", "mean_token_cosine", "repeat_correlation", "kept"):
+        assert a[key] == pytest.approx(b[key], rel=1e-4), key
+    assert sorted(p.name for p in (tmp_path / "all").iterdir()) == sorted(p.name for p in (tmp_path / "one").iterdir())
+
+
+# ---------------------------------------------------------------------------------------------- latents without pixels
+def test_the_pixels_of_the_kept_images_come_from_a_folder_of_their_own(tmp_path, capsys):
+    """Select on latents alone; then the visual tokens are those that the full set of pixels would have given."""
+    data, ck = make_data(tmp_path / "full"), make_checkpoint(tmp_path / "ck.pt")
+    (data / "files.txt").write_text("".join(f"{j}.png\n" for j in range(29)))
+    labels = np.load(data / "labels.npy")
+    keep = np.sort(np.concatenate([np.flatnonzero(labels == c)[1:4] for c in range(3)]))[:-1]
+    np.save(tmp_path / "keep.npy", keep)
+    full = ["--indices", tmp_path / "keep.npy", "--visual", "ddae", "--visual-weights", ck, "--judge", "none", "--text", "none"]
+    run(data, tmp_path / "a", *full)
+    bare, kept = shutil.copytree(data, tmp_path / "bare"), shutil.copytree(data, tmp_path / "kept")
+    np.save(bare / "latents.npy", np.zeros((29, 8, 4, 4), np.float16))
+    (bare / "images.npy").unlink()
+    for name in ("images", "labels"):
+        np.save(kept / f"{name}.npy", np.load(data / f"{name}.npy")[keep])
+    (kept / "files.txt").write_text("".join(f"{j}.png\n" for j in keep))
+    assert "only latents" in refused(capsys, bare, tmp_path / "b", *full)
+    run(bare, tmp_path / "b", *full, "--images", kept)
+    assert np.array_equal(np.load(tmp_path / "a/visual.npy"), np.load(tmp_path / "b/visual.npy"))
+    assert "give both" in refused(capsys, bare, tmp_path / "c", "--images", kept, "--select", "all", "--visual", "ddae", "--visual-weights", ck)
+    assert "are not the 8 of --indices" in refused(capsys, bare, tmp_path / "c", *full, "--images", data)
+    (kept / "files.txt").write_text("".join(f"{j}.png\n" for j in keep[::-1]))
+    assert "are not the 8 of --indices" in refused(capsys, bare, tmp_path / "c", *full, "--images", kept)
+    (kept / "files.txt").unlink()
+    assert "files.txt" in refused(capsys, bare, tmp_path / "c", *full, "--images", kept)

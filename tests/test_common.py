@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import common
+from conftest import processes
 
 
 class Canary:
@@ -359,3 +360,148 @@ def test_the_scale_of_fp32_does_not_decay():
         scaler.unscale_(optimizer), scaler.step(optimizer), scaler.update(1.0)
         optimizer.zero_grad()
     assert scaler.get_scale() == 1 and all(p.isfinite().all() for p in net.parameters())
+
+
+# ---------------------------------------------------------------------------------------------- rows that all processes make
+def rows_of(ids):
+    return np.stack([ids, ids * 2.0, -ids], 1)                        # what row i must hold: (i, 2 i, -i)
+
+
+def test_fill_goes_on_where_it_stopped(tmp_path):
+    seen = []
+
+    def compute(ids):
+        if len(seen) == 2:
+            seen.append(None)
+            raise KeyboardInterrupt
+        seen.append(ids.tolist())
+        return rows_of(ids)
+    with pytest.raises(KeyboardInterrupt):
+        common.fill(tmp_path, "x", (11, 3), np.float16, 4, compute)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x.done.npy", "x.part.npy"] and np.load(tmp_path / "x.done.npy").tolist() == [1] * 8 + [0] * 3
+    assert (np.load(tmp_path / "x.part.npy")[8:] == 0).all()
+    x, seconds = common.fill(tmp_path, "x", (11, 3), np.float16, 4, compute)
+    assert seen == [[0, 1, 2, 3], [4, 5, 6, 7], None, [8, 9, 10]] and seconds >= 0 and x.dtype == np.float16 and not x.flags.writeable
+    np.testing.assert_array_equal(x, rows_of(np.arange(11)))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x.npy", "x.seconds.json"]
+    common.fill(tmp_path, "x", (11, 3), np.float16, 4, None)          # it stands: nothing is computed
+
+
+def test_fill_writes_scattered_rows_at_their_places(tmp_path):
+    """Holes as a call with other processes leaves them; vectors and numbers, of any width."""
+    for shape, kind in (((9,), np.float32), ((9, 2, 3), np.uint8)):
+        full = (np.arange(np.prod(shape)) % 251).reshape(shape).astype(kind)
+        common.allocate(tmp_path / "y.done.npy", np.uint8, (9,)), common.allocate(tmp_path / "y.part.npy", kind, shape)
+        done, part = (np.load(tmp_path / f"y.{n}.npy", mmap_mode="r+") for n in ("done", "part"))
+        done[[1, 4, 5]], part[[1, 4, 5]] = 1, 77
+        done.flush(), part.flush()
+        y, _ = common.fill(tmp_path, "y", shape, kind, 4, lambda ids, full=full: full[ids])
+        want = full.copy()
+        want[[1, 4, 5]] = 77                                          # what was there is left alone
+        np.testing.assert_array_equal(y, want)
+        for f in tmp_path.iterdir():
+            f.unlink()
+
+
+def test_fill_marks_a_row_after_its_bytes_are_on_disk(tmp_path, monkeypatch):
+    calls, sync, write = [], os.fsync, common.write_at
+    monkeypatch.setattr(os, "fsync", lambda fd: calls.append("sync " + Path(f"/proc/self/fd/{fd}").readlink().name) or sync(fd))
+    monkeypatch.setattr(common, "write_at", lambda file, *a: calls.append("write " + Path(file.name).name) or write(file, *a))
+    common.fill(tmp_path, "x", (2, 3), np.float32, 1, rows_of)
+    row = ["write x.part.npy", "sync x.part.npy", "write x.done.npy"]
+    assert [c for c in calls if c[-10:] in ("x.part.npy", "x.done.npy")] == [*row, *row, "sync x.done.npy"]
+
+
+def test_a_full_disk_is_said_when_the_space_is_reserved(tmp_path, monkeypatch):
+    def reserve(code):
+        def fallocate(*_):
+            raise OSError(code, os.strerror(code))
+        monkeypatch.setattr(os, "posix_fallocate", fallocate)
+    for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        reserve(code)
+        with pytest.raises(OSError) as e:
+            common.fill(tmp_path, "x", (11, 3), np.float16, 4, rows_of)
+        assert e.value.errno == code and str(e.value.filename).startswith(str(tmp_path / "x")) and not list(tmp_path.iterdir())
+    reserve(errno.EOPNOTSUPP)                                         # a file system without the call
+    assert len(common.fill(tmp_path, "x", (11, 3), np.float16, 4, rows_of)[0]) == 11
+    monkeypatch.delattr(os, "posix_fallocate")
+    assert len(common.fill(tmp_path, "y", (11, 3), np.float16, 4, rows_of)[0]) == 11
+
+
+FILL = """
+import os, signal, sys, time
+import numpy as np, common
+calls = []
+@common.command
+def main(argv=None):
+    common.get_device("cpu")
+    how, out = sys.argv[1:]
+    def compute(ids):
+        calls.append(ids)
+        print("rows", *ids)
+        if how == "die" and len(calls) == 2:
+            time.sleep(0.5)                                           # until every rank has done one batch
+            os.kill(os.getpid(), signal.SIGKILL)
+        if common.rank() == 1:
+            if how == "error":
+                raise common.UserError("image 7 is damaged")
+            if how == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if how == "stuck":
+                time.sleep(60)
+            if how == "bug":
+                1 / 0
+        return np.stack([ids, ids * 2.0, -ids], 1)
+    def alone():
+        raise common.UserError("rank 0 has found it")
+    if how == "rank 0":
+        common.from_rank0(alone)
+    if how == "patient":                                              # rank 0 may work alone for longer than the others wait for each other
+        common.from_rank0(lambda: time.sleep(3))
+    x, seconds = common.fill(out, "x", (11, 3), np.float32, 4, compute)
+    sizes = common.gather(len(x))
+    assert sizes == ([11] * common.world() if common.rank() == 0 else None)
+    print("done", *x[:, 1].astype(int))
+main()
+"""
+
+
+@pytest.fixture
+def stage_file(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "stage.py").write_text(FILL)
+    return tmp_path / "stage.py"
+
+
+@pytest.mark.parametrize("first, then", [(2, 1), pytest.param(1, 3, marks=pytest.mark.slow), pytest.param(3, 2, marks=pytest.mark.slow)])
+def test_fill_goes_on_with_another_number_of_processes(first, then, stage_file, tmp_path):
+    out = tmp_path / "out"
+    assert {code for code, *_ in processes(first, stage_file, "die", out)} == {-signal.SIGKILL}
+    held = np.flatnonzero(np.load(out / "x.done.npy"))
+    assert 0 < len(held) < 11 and np.array_equal(np.load(out / "x.part.npy")[held], rows_of(held))
+    ranks = processes(then, stage_file, "go", out)
+    again = [[int(i) for line in text.splitlines() if line.startswith("rows") for i in line.split()[1:]] for _, text, _ in ranks]
+    assert sorted(sum(again, [])) == sorted(set(range(11)) - set(held)) and max(map(len, again)) - min(map(len, again)) <= 1   # the rest, evenly
+    assert all(code == 0 and f"done {' '.join(str(2 * i) for i in range(11))}" in text for code, text, _ in ranks), ranks
+    np.testing.assert_array_equal(np.load(out / "x.npy"), rows_of(np.arange(11)))
+
+
+FAILURES = [("error", "image 7 is damaged [rank 1 of 2]"), ("killed", "rank 1 has ended"),
+            *(pytest.param(*case, marks=pytest.mark.slow) for case in (("stuck", "rank 1 has ended, or did not come within DIST_TIMEOUT = 2 s"),
+                                                                       ("rank 0", "rank 0 has found it [rank 0 of 2]"), ("bug", "ZeroDivisionError")))]
+
+
+@pytest.mark.parametrize("how, said", FAILURES, ids=["error", "killed", "stuck", "rank 0", "bug"])
+def test_a_rank_that_fails_ends_all(how, said, stage_file, tmp_path):
+    start = time.time()
+    if how == "stuck":                                                # torchrun would end the one that sleeps
+        stage_file.write_text(f"import threading, os\nthreading.Timer(12, lambda: os._exit(99)).start()\n{FILL}")
+    ranks = processes(2, stage_file, how, tmp_path / "out", DIST_TIMEOUT="2")
+    assert all(code for code, *_ in ranks) and said in " ".join(err for *_, err in ranks), ranks
+    assert ranks[0][0] != 99 and time.time() - start < 40 and not (tmp_path / "out" / "x.npy").exists(), ranks
+
+
+@pytest.mark.slow
+def test_rank_0_may_take_its_time(stage_file, tmp_path):
+    ranks = processes(2, stage_file, "patient", tmp_path / "out", DIST_TIMEOUT="2")
+    assert [code for code, *_ in ranks] == [0, 0], ranks

@@ -1,11 +1,14 @@
 """data.py: every kind of source, the ADM crop against a slow version of its own, and each mistake a user can make."""
 import hashlib
 import json
+import os
 import pickle
+import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,8 +16,12 @@ from PIL import Image
 
 import common
 import data
+from conftest import ROOT, FakeKL
+from conftest import processes as run_ranks
+from models import encoders
 
 RNG = np.random.default_rng(0)
+REAL_LOAD = encoders.load_vae
 
 
 def noise(*shape):
@@ -365,7 +372,7 @@ def test_bombs(tmp_path, capsys, monkeypatch):
         z.writestr("images.npy", header + b"0" * 10)
     assert "claims 7500000000000 bytes but holds 10" in fails(capsys, tmp_path / "o", tmp_path / "liar.npz")
     np.savez_compressed(tmp_path / "zeros.npz", images=np.zeros((100, 64, 64), np.uint8))
-    monkeypatch.setattr(data, "free_memory", lambda: 300_000)
+    monkeypatch.setattr(common, "free_memory", lambda: 300_000)
     assert "memory" in fails(capsys, tmp_path / "o", tmp_path / "zeros.npz")
 
 
@@ -405,3 +412,205 @@ def test_as_a_program(tmp_path):
     assert json.loads((tmp_path / "o" / "dataset.json").read_text())["height"] == 4
     done = subprocess.run([*call[:-1], "none"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "--size" in done.stderr
+
+
+# ---- latents
+@pytest.fixture
+def pictures(tmp_path):
+    """23 images in 3 classes, one of them grey, no two of one shape: an uneven number for 2 or 3 processes."""
+    for i in range(23):
+        save(tmp_path / "s" / f"c{i % 3}" / f"{i}.png", noise(9 + i, 12) if i == 5 else noise(9 + i, 12, 3))
+    return tmp_path / "s"
+
+
+def plain_latents(folder, names, size):
+    """(N, 2c, h, w) float16, image by image: cropped by adm_crop, to [-1, 1], and through the network as it is."""
+    import torch
+    out = []
+    for name in names:
+        pixels = np.asarray(data.adm_crop(Image.open(folder / name).convert("RGB"), size), np.float32)
+        d = FakeKL().encode(torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1)[None]).latent_dist
+        out.append(np.concatenate([d.mean[0].numpy(), d.std[0].numpy()]))
+    return np.stack(out).astype(np.float16)
+
+
+def encode(source, out, *flags):
+    run(source, "--size", 8, "--vae", "a/vae", "--device", "cpu", "--out", out, *flags)
+    return np.load(out / "latents.npy")
+
+
+def test_latents_with_and_without_pixels(pictures, tmp_path, fake_vae, capsys):
+    z = encode(pictures, tmp_path / "a", "--latents-only", "--batch-size", 4)
+    assert fake_vae.seen == [4] * 5 + [3] and "left out" not in capsys.readouterr().out
+    names = (tmp_path / "a" / "files.txt").read_text().splitlines()
+    want = plain_latents(pictures, names, 8)
+    assert z.dtype == np.float16 and z.shape == (23, 8, 4, 4)
+    np.testing.assert_allclose(z.astype(float), want.astype(float), rtol=2e-3, atol=1e-3)       # one step of float16
+    assert {p.name for p in (tmp_path / "a").iterdir()} == {"latents.npy", "latents.json", "labels.npy", "classes.txt", "files.txt", "dataset.json",
+                                                            "data.args.json"}
+    about, info = json.loads((tmp_path / "a" / "latents.json").read_text()), json.loads((tmp_path / "a" / "dataset.json").read_text())
+    draws = np.random.default_rng(0).normal(size=(4000, *z[:, :4].shape[1:]))                 # what a model sees, drawn for real
+    some = z[np.arange(4000) % 23].astype(np.float64)
+    draws = 0.25 * (some[:, :4] + some[:, 4:] * draws)
+    assert (about["vae"], about["scale"]) == ("a/vae", 0.25)
+    assert about["mean"] == pytest.approx(draws.mean(), abs=2e-3) and about["std"] == pytest.approx(draws.std(), rel=5e-3)
+    d = common.open_data(tmp_path / "a", pixels=False)
+    h = hashlib.sha256(str(z.shape).encode() + z.tobytes() + d.labels.astype("<i8").tobytes()).hexdigest()
+    assert info["sha256"] == about["sha256"] == h and (info["height"], info["num_images"], info["class_counts"]) == (8, 23, [8, 8, 7])
+    both = encode(pictures, tmp_path / "b")                            # pixels beside them: known by the pixels, as without latents
+    run(pictures, "--size", 8, "--out", tmp_path / "c")
+    one, other = (common.open_data(tmp_path / f) for f in "bc")
+    assert np.array_equal(both, z) and one.info["sha256"] == other.info["sha256"] and np.array_equal(one.images, other.images)
+    assert np.array_equal(encode(tmp_path / "c", tmp_path / "d", "--latents-only"), z)          # from a data folder, whose pixels stay where they are
+    np.save(tmp_path / "keep.npy", np.array([0, 3, 8, 9, 17, 22]))
+    assert np.array_equal(encode(pictures, tmp_path / "e", "--latents-only", "--indices", tmp_path / "keep.npy"), z[[0, 3, 8, 9, 17, 22]])
+    assert "latents only" in fails(capsys, tmp_path / "f", tmp_path / "a", "--indices", tmp_path / "keep.npy")
+    run(pictures, "--size", 8, "--indices", tmp_path / "keep.npy", "--out", tmp_path / "g")     # later: the pixels of a subset
+    assert np.array_equal(common.open_data(tmp_path / "g").images, other.images[[0, 3, 8, 9, 17, 22]])
+    run("digits", "--vae", "x", "--latents-only", "--device", "cpu", "--out", tmp_path / "h")
+    h = common.open_data(tmp_path / "h", pixels=False)                # one channel becomes three equal ones
+    assert "297 held-out images are left out" in capsys.readouterr().out and h.info["num_test"] == 0 and h.test_images is None
+    np.testing.assert_array_equal(h.latents[:, 0], h.latents[:, 2])
+
+
+def test_an_interrupted_encoding_goes_on(pictures, tmp_path, fake_vae, monkeypatch, capsys):
+    straight, real = encode(pictures, tmp_path / "a", "--latents-only"), FakeKL.encode
+    monkeypatch.setattr(FakeKL, "encode", lambda net, x: real(net, x) if len(fake_vae.seen) < 4 else (_ for _ in ()).throw(KeyboardInterrupt))
+    for flags in (("--latents-only",), ()):
+        out = tmp_path / f"b{len(flags)}"
+        fake_vae.seen[:] = [0]
+        with pytest.raises(SystemExit) as e:
+            encode(pictures, out, *flags, "--batch-size", 4)
+        assert e.value.code == 130 and fake_vae.seen == [0, 4, 4, 4] and not (out / "dataset.json").exists()
+        (pictures / "c0" / "x.png").write_bytes((pictures / "c0" / "0.png").read_bytes())       # the folder changes in between
+        if flags:
+            capsys.readouterr()
+            with pytest.raises(SystemExit):
+                encode(pictures, out, *flags)
+            assert "other images than when" in capsys.readouterr().err
+        (pictures / "c0" / "x.png").unlink()
+        fake_vae.seen[:] = []
+        with monkeypatch.context() as m:
+            m.setattr(FakeKL, "encode", real)
+            m.setattr(data, "build", None)                            # the pixels stand
+            assert np.array_equal(encode(pictures, out, *flags, "--batch-size", 5), straight)
+        assert fake_vae.seen == [5, 5, 1]                             # only what was missing
+        assert not [p.name for p in out.iterdir() if ".part" in p.name or ".done" in p.name or "begun" in p.name or "seconds" in p.name]
+        capsys.readouterr()
+        encode(pictures, out, *flags)
+        assert "nothing to do" in capsys.readouterr().out and fake_vae.seen == [5, 5, 1]
+    fake_vae.seen[:] = [0]                                            # an --overwrite that is killed never passes old rows for new ones
+    with pytest.raises(SystemExit):
+        encode(pictures, out, "--overwrite", "--batch-size", 4)
+    monkeypatch.setattr(FakeKL, "encode", real)
+    fake_vae.seen[:] = []
+    run(pictures, "--size", 6, "--vae", "a/vae", "--device", "cpu", "--overwrite", "--out", out)
+    assert np.load(out / "latents.npy").shape == (23, 8, 3, 3) and sum(fake_vae.seen) == 23
+
+
+def test_mistakes_with_latents(pictures, tmp_path, fake_vae, monkeypatch, capsys):
+    def message(*flags, size=8, vae="x", source=pictures):
+        text = fails(capsys, tmp_path / "new" / "o", source, *(["--size", size] if size else []), *(["--vae", vae] if vae else []), "--device", "cpu", *flags)
+        assert not (tmp_path / "new").exists()
+        return text
+    only = "--latents-only"
+    assert "needs --vae" in message(only, vae=None) and "leave --vae out" in message("--as-folder") and "shift" in message(only, "--skip-bad")
+    assert "multiples of 2" in message(only, size=7) and "multiples of 2" in message(size=7)
+    with monkeypatch.context() as m:
+        m.setattr(shutil, "disk_usage", lambda p: SimpleNamespace(free=5000))
+        assert "0.00 GB needed for 23 x (8, 4, 4) of float16, less is free" in message(only)
+    (pictures / "c0" / "0.png").write_bytes(b"broken")
+    assert "0.png: unreadable" in message(only, size=None)
+    save(pictures / "c0" / "0.png", noise(9, 12))
+    with monkeypatch.context() as m:
+        m.setitem(sys.modules, "diffusers", None)                     # as if it were not installed
+        m.setattr(encoders, "load_vae", REAL_LOAD)
+        assert "pip install diffusers" in message(only)
+
+    def later(*flags, size=8):                                        # found in the middle: what is done stays, to go on from
+        with pytest.raises(SystemExit):
+            run(pictures, "--vae", "x", only, "--device", "cpu", "--batch-size", 4, "--out", tmp_path / "o", *(["--size", size] if size else []), *flags)
+        return [line for line in capsys.readouterr().err.splitlines() if "error:" in line][0]
+    for name, height in (("first", 8), ("second", 10)):
+        save(tmp_path / "odd" / f"{name}.png", noise(height, 8, 3))
+    with pytest.raises(SystemExit):
+        run(tmp_path / "odd", "--vae", "x", only, "--device", "cpu", "--out", tmp_path / "odd_out")
+    assert "second.png: 8x10 pixels, but the first image has 8x8; give --size" in capsys.readouterr().err
+    whole = (pictures / "c2" / "20.png").read_bytes()
+    (pictures / "c2" / "20.png").write_bytes(whole[:60])
+    assert "20.png: unreadable" in later("--overwrite") and (tmp_path / "o" / "latents.part.npy").exists()
+    (pictures / "c2" / "20.png").write_bytes(whole)
+    fake_vae.seen.clear()
+    run(pictures, "--vae", "x", only, "--device", "cpu", "--size", 8, "--out", tmp_path / "o")
+    assert 0 < sum(fake_vae.seen) < 23 and np.array_equal(np.load(tmp_path / "o" / "latents.npy"), encode(pictures, tmp_path / "p", only))
+    real = FakeKL.encode
+
+    def overflow(net, x):
+        d = real(net, x).latent_dist
+        if len(net.seen) == 2:
+            d.mean[1, 0, 0, 0] = 1e5                                  # more than float16 holds
+        return SimpleNamespace(latent_dist=d)
+    monkeypatch.setattr(FakeKL, "encode", overflow)
+    fake_vae.seen.clear()
+    names = (tmp_path / "p" / "files.txt").read_text().splitlines()
+    assert f"{names[5]}: its latent is not finite" in later("--overwrite")
+
+
+def test_a_vae_of_another_kind_is_refused():
+    for change, word in ((dict(shift_factor=0.1), "shift_factor"), (dict(latents_mean=[0.1]), "latents_mean"), (dict(in_channels=1), "1 colour")):
+        net = FakeKL()
+        net.config = {**net.config, **change}
+        with pytest.raises(ValueError, match=word):
+            encoders.Vae(net, "x")
+    with pytest.raises(FileNotFoundError if importable("diffusers") else ImportError):
+        REAL_LOAD("/no/such/folder")
+
+
+def importable(name):
+    import importlib.util
+    return importlib.util.find_spec(name) is not None
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_several_processes_encode_the_same(processes, pictures, tmp_path, fake_vae):
+    """Uneven parts. With two, the other waits for rank 0 whatever it takes: here longer than DIST_TIMEOUT."""
+    (tmp_path / "go.py").write_text("import time, data, common, conftest\nconftest.use_fake_vae()\nreal = data.begin_latents\n"
+                                    f"data.begin_latents = lambda *a: (time.sleep({10 * (processes == 2)}), real(*a))\ndata.main()\n")
+    ranks = run_ranks(processes, tmp_path / "go.py", pictures, "--size", 8, "--vae", "a/vae", "--latents-only", "--device", "cpu", "--out", tmp_path / "o",
+                      "--batch-size", 6, DIST_TIMEOUT="8" if processes == 2 else "600", PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
+    assert [code for code, _, _ in ranks] == [0] * processes, ranks
+    alone = encode(pictures, tmp_path / "a", "--latents-only")
+    assert np.array_equal(np.load(tmp_path / "o" / "latents.npy"), alone)
+    for name in ("dataset.json", "latents.json", "labels.npy", "files.txt"):
+        assert (tmp_path / "o" / name).read_bytes() == (tmp_path / "a" / name).read_bytes()
+
+
+def test_latents_of_the_real_format(pictures, real_vae, tmp_path, capsys):
+    """diffusers' own posterior is the oracle; its folder is read as save_pretrained writes it, also under the names of the released file."""
+    import torch
+    from safetensors.torch import load_file, save_file
+    folder, net = real_vae
+    run(pictures, "--size", 16, "--vae", folder, "--latents-only", "--device", "cpu", "--batch-size", 5, "--out", tmp_path / "o")
+    z, names = np.load(tmp_path / "o" / "latents.npy"), (tmp_path / "o" / "files.txt").read_text().splitlines()
+    about = json.loads((tmp_path / "o" / "latents.json").read_text())
+    assert z.shape == (23, 8, 8, 8) and about["scale"] == 0.3 and about["vae"] == str(folder.resolve())
+    for row in (0, 7, 22):
+        pixels = np.asarray(data.adm_crop(Image.open(pictures / names[row]).convert("RGB"), 16), np.float32) / 127.5 - 1
+        with torch.no_grad():
+            d = net.encode(torch.from_numpy(pixels).permute(2, 0, 1)[None]).latent_dist
+        np.testing.assert_allclose(z[row].astype(float), torch.cat([d.mean, d.std], 1)[0].numpy(), rtol=2e-3, atol=1e-4)
+    old = tmp_path / "old"                                            # the names of sd-vae-ft-ema, and its config without a scaling_factor
+    shutil.copytree(folder, old)
+    weights = load_file(old / "diffusion_pytorch_model.safetensors")
+    for new, was in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+        weights = {k.replace(new, was): v for k, v in weights.items()}
+    save_file(weights, old / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    config = json.loads((old / "config.json").read_text())
+    (old / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "scaling_factor"}))
+    a, b, x = encoders.load_vae(old), encoders.load_vae(folder), torch.rand(2, 3, 16, 16)
+    assert torch.equal(a.encode(x), b.encode(x)) and (a.scale, b.scale) == (0.18215, 0.3)
+    del weights["encoder.conv_in.bias"]
+    save_file(weights, old / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    text = fails(capsys, tmp_path / "new", pictures, "--size", 16, "--vae", old, "--device", "cpu")
+    assert "encoder.conv_in.bias is missing" in text
+    assert "cannot be loaded" in fails(capsys, tmp_path / "new", pictures, "--size", 16, "--vae", tmp_path / "s" / "c0", "--device", "cpu")

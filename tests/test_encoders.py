@@ -439,9 +439,13 @@ def test_extract_rows_batches_flips_and_out(digits, tmp_path):
 
 def test_extract_refuses_what_is_not_finite(digits, tmp_path):
     x, state = digits[0], digits[4]
-    for name, value, dtype in (("nan", float("nan"), np.float32), ("big", 1e8, np.float16)):
+    for name, value, dtype in (("nan", float("nan"), np.float32), ("huge", 3e38, np.float32), ("big", 1e8, np.float16)):
         bad = {**state, "model": {**state["model"], "stem.1.weight": torch.full_like(state["model"]["stem.1.weight"], value)}}
         torch.save(bad, tmp_path / f"{name}.pt")
+        if name == "nan":
+            with pytest.raises(ValueError, match="nan.pt: .* NaN"):
+                encoders.load("scratch", "cpu", weights=tmp_path / "nan.pt")
+            continue
         enc = encoders.load("scratch", "cpu", weights=tmp_path / f"{name}.pt")
         with pytest.raises(ValueError, match="among images 3..5"):
             encoders.extract(enc, x, rows=np.arange(3, 6), out=np.zeros((3, 32), dtype))

@@ -13,6 +13,7 @@ import common
 import evaluate
 import sample
 import train
+from conftest import processes
 from models import encoders, metrics
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -371,11 +372,76 @@ def test_other_heldout_images_are_measured_again(world, capsys):
     assert "nothing to do" not in capsys.readouterr().out
 
 
-def test_torchrun_is_refused(world, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(common.UserError, match="evaluate.py runs in one process"):              # unwrapped: a rank that fails ends its process
-        evaluate.main.__wrapped__(["--data", str(world / "data"), "--runs", str(world / "full"), "--encoder", "pixels", "--device", "cpu"])
-    assert not (world / "full" / "metrics.json").exists()
+# ---------------------------------------------------------------------------------------------- several processes
+def alike(a, b, where=""):
+    """Two JSON values: integers, words and lengths equal, floats to 1e-5."""
+    assert type(a) is type(b), where
+    if isinstance(a, dict):
+        assert list(a) == list(b), where
+        for k in a.keys() - {"seconds", "provenance"}:
+            alike(a[k], b[k], f"{where}/{k}")
+    elif isinstance(a, list):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b)):
+            alike(x, y, f"{where}/{i}")
+    else:
+        assert a == (pytest.approx(b, rel=1e-5, abs=1e-6) if isinstance(a, float) else b), where
+
+
+@pytest.mark.parametrize("n, more", [(2, ()), pytest.param(3, ("--trajectory",), marks=pytest.mark.slow), pytest.param(2, ("--trajectory",), marks=pytest.mark.slow),
+                                     pytest.param(3, (), marks=pytest.mark.slow)])
+def test_processes_measure_what_one_measures(n, more, world, tmp_path):
+    """Uneven shards everywhere; statistics of more images than are held; samples of an .npz are sent to the others."""
+    flags = ["--reference-max", "50", "--bootstrap", "2", *more]
+    shutil.copytree(world, tmp_path / "n")
+    run(world, "--batch-size", "16", *flags)
+    ranks = processes(n, ROOT / "evaluate.py", "--data", tmp_path / "n" / "data", "--runs", tmp_path / "n" / "full", tmp_path / "n" / "small", "--encoder", "scratch",
+                      "--device", "cpu", "--batch-size", "16", *flags)
+    assert [code for code, *_ in ranks] == n * [0] and all(not out for _, out, _ in ranks[1:]), ranks
+    for name in ("full", "small"):
+        file = "trajectory.json" if more else "metrics.json"
+        alike(*(json.loads((w / name / file).read_text()) for w in (tmp_path / "n", world)))
+        assert more or (tmp_path / "n" / name / "nearest.png").read_bytes() == (world / name / "nearest.png").read_bytes()
+        assert sorted(p.name for p in (tmp_path / "n" / name).iterdir()) == sorted(p.name for p in (world / name).iterdir())
+
+
+def test_images_are_encoded_alike_from_a_file_and_from_memory(world):
+    """Team.encode: rows of a memory map, of an array that would be sent in several parts, and all of it."""
+    d = common.open_data(world / "data")
+    enc = common.open_encoder("scratch", d, "cpu")
+    team, rows = evaluate.Team([enc], 16, "cpu"), np.array([2, 3, 50, 119])
+    want = encoders.extract(enc, d.images, rows=rows)
+    sizes, call = [], team.call
+    team.call = lambda task, which, images, ids, *rest: sizes.append(len(ids)) or call(task, which, images, ids, *rest)
+    for images in (d.images, np.array(d.images), evaluate.Selection(d.images, np.arange(K * PER)), np.broadcast_to(np.array(d.images)[:, None], (K * PER, 1, 8, 8, 1))[:, 0]):
+        np.testing.assert_allclose(team.encode(enc, images)[rows], want, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(team.encode(enc, evaluate.Selection(d.images, rows)), want, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(team.encode(enc, evaluate.Selection(np.array(d.images), rows)), want, rtol=1e-5, atol=1e-5)
+    assert sizes == [K * PER] * 4 + [4, 4]
+
+
+def test_the_audit_s_pool_is_thinned_only_where_no_draw_can_tell(world):
+    """at_most: a class keeps its limit, drawn evenly; nothing changes where no class is above it."""
+    labels = np.array([0] * 50 + [1] * 30 + [2] * 5)
+    rows, rng = np.delete(np.arange(85), [3, 60]), np.random.default_rng(0)
+    assert np.array_equal(evaluate.at_most(rows, labels, np.array([49, 29, 5]), rng), rows)
+    seen = np.zeros(85)
+    for _ in range(400):
+        some = evaluate.at_most(rows, labels, np.array([10, 0, 99]), rng)
+        assert np.bincount(labels[some], minlength=3).tolist() == [10, 0, 5] and (np.diff(some) > 0).all() and np.isin(some, rows).all()
+        seen[some] += 1
+    assert abs(seen[rows[labels[rows] == 0]] / 400 - 10 / 49).max() < 0.1
+
+
+def test_a_space_too_large_for_memory_is_left_out_of_the_audit(world, monkeypatch, capsys):
+    """Pixels are 64 wide, scratch features 32."""
+    whole = run(world, runs=("small",))[0]["memorisation"]
+    (world / "small" / "metrics.json").unlink()                       # spaces measured earlier would stay
+    monkeypatch.setattr(evaluate, "AUDIT_BYTES", 4 * 64 * K * PER - 1)
+    m = run(world, "--overwrite", runs=("small",))[0]["memorisation"]
+    assert "no memorisation audit in pixels" in capsys.readouterr().out and m["left_out"] == ["pixels"] and "pixels" not in m and m["scratch"] == whole["scratch"]
+    monkeypatch.setattr(evaluate, "AUDIT_BYTES", 4 * 32 * K * PER - 1)
+    assert "GB of vectors" in run(world, "--overwrite", runs=("small",))[0]["memorisation"]["skipped"]
 
 
 # ---------------------------------------------------------------------------------------------- trajectory
@@ -468,7 +534,7 @@ def test_bad_runs(world, capsys):
 
 @pytest.mark.parametrize("change, words", [
     (dict(mu=np.zeros(5), sigma=np.eye(5)), ["5 features", "same encoder"]), (dict(mu=np.zeros(5), sigma=np.eye(4)), ["(5,)", "(4, 4)"]),
-    (dict(mu=np.full(32, np.nan), sigma=np.eye(32)), ["NaN"]), (dict(mean=np.zeros(5)), ["neither mu and sigma nor m2 and s2"]),
+    (dict(mu=np.full(32, np.nan), sigma=np.eye(32)), ["NaN"]), (dict(mean=np.zeros(5)), ["holds mean", "mu and sigma, or m2 and s2"]),
     (dict(mu=np.full(5, "a"), sigma=np.eye(5)), ["floats"]), (None, ["not a readable .npz"])])
 def test_bad_reference_statistics(world, capsys, change, words):
     path = world / "ref.npz"

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import prune
+from conftest import processes
 
 ROOT = Path(prune.__file__).parent
 
@@ -318,9 +319,7 @@ def test_ccs_over_reused_el2n(data, tmp_path, monkeypatch):
 
 
 def test_interrupted_extraction_goes_on_where_it_stopped(data, tmp_path, monkeypatch):
-    flags = ("--surrogate", "pixels", "--score", "gaussian", "--keep", 0.5)
-    small = prune.extract_features
-    monkeypatch.setattr(prune, "extract_features", lambda d, args, device: small(d, args, device, rows=7))
+    flags = ("--surrogate", "pixels", "--score", "gaussian", "--keep", 0.5, "--batch-size", 7)
     straight = run(data, tmp_path / "straight", *flags)
     extract, seen = prune.encoders.extract, []
 
@@ -336,7 +335,7 @@ def test_interrupted_extraction_goes_on_where_it_stopped(data, tmp_path, monkeyp
     with pytest.raises(SystemExit) as e:
         run(data, out, *flags)
     assert e.value.code == 130 and not (out / "keep.npy").exists() and not (out / "features.npy").exists()
-    assert json.loads((out / "features.json").read_text())["rows"] == 14
+    assert np.load(out / "features.done.npy").sum() == 14
     resumed = run(data, out, *flags)
     assert seen[3][0] == 14 and sum(seen[3:], []) == list(range(14, 29))
     assert np.array_equal(np.load(out / "features.npy"), np.load(tmp_path / "straight" / "features.npy"))
@@ -348,6 +347,22 @@ def test_interrupted_extraction_goes_on_where_it_stopped(data, tmp_path, monkeyp
     assert len(seen) == 3
     np.lib.format.open_memmap(out / "features.npy", "r+")[:] = 0
     assert np.array_equal(run(data, out, *flags, "--overwrite")[0], straight[0]) and len(seen) > 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [2, 3])
+def test_processes_write_what_one_writes(n, data, tmp_path):
+    """29 images: uneven shards. The encoder answers alike whatever the batch, so that every figure is equal."""
+    flags = ("--surrogate", "pixels", "--score", "gaussian", "--keep", 0.5, "--batch-size", 8)
+    scores, keep = run(data, tmp_path / "one", *flags)
+    ranks = processes(n, ROOT / "prune.py", "--data", data, "--out", tmp_path / "all", "--device", "cpu", *flags)
+    assert [code for code, *_ in ranks] == n * [0] and [out.count("kept 15 of 29") for _, out, _ in ranks] == [1] + (n - 1) * [0], ranks
+    np.testing.assert_allclose(np.load(tmp_path / "all" / "features.npy"), np.load(tmp_path / "one" / "features.npy"), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(np.load(tmp_path / "all" / "scores.npy"), scores, rtol=1e-6)
+    assert np.array_equal(np.load(tmp_path / "all" / "keep.npy"), keep)
+    assert sorted(p.name for p in (tmp_path / "all").iterdir()) == sorted(p.name for p in (tmp_path / "one").iterdir())
+    record = json.loads((tmp_path / "all" / "prune.args.json").read_text())
+    assert record["provenance"]["processes"] == n and record["kept"] == 15
 
 
 def test_other_arguments_need_another_folder(data, tmp_path, capsys):
@@ -437,11 +452,11 @@ def test_an_emptied_class_leaves_the_features_for_the_next_call(data, tmp_path, 
     with pytest.raises(SystemExit):
         run(data, out, *flags, "--scope", "global")
     assert "without an image" in capsys.readouterr().err
-    assert sorted(p.name for p in out.iterdir()) == ["features.json", "features.npy"]
+    assert sorted(p.name for p in out.iterdir()) == ["features.json", "features.npy", "features.seconds.json"]
     foreign = tmp_path / "foreign"                                    # features of other weights do not count as done
     foreign.mkdir()
     note = json.loads((out / "features.json").read_text())
-    note["key"]["identity"] = "pixels:0000"
+    note["identity"] = "pixels:0000"
     (foreign / "features.json").write_text(json.dumps(note))
     np.save(foreign / "features.npy", np.zeros_like(np.load(out / "features.npy")))
     run(data, foreign, *flags)

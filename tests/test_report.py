@@ -407,3 +407,9 @@ def test_refusals(tmp_path, capsys):
     gone = make_run(tmp_path / "gone")
     (gone / "samples.npy").unlink()
     refused(capsys, [full, gone], str(gone / "samples.npy"))
+
+
+def test_seconds_count_every_process():
+    """Wall time of 8 processes is 8 times as dear; an old record without the number counts as one, an unknown figure stays unknown."""
+    assert report.device_seconds({"provenance": {"processes": 8}}, 2.5) == 20.0 and report.device_seconds({"provenance": {}}, 2.5) == 2.5
+    assert report.device_seconds(None, 2.5) == 2.5 and report.device_seconds({"provenance": {"processes": 8}}, None) is None

@@ -14,6 +14,7 @@ import torch
 import common
 import models
 import reweight
+from models.sit import SiT
 from reweight import class_excess, class_weights, dro_path, dro_update, permuted_null, uniform_rows
 
 ROOT = Path(reweight.__file__).parent
@@ -355,3 +356,45 @@ def test_class_with_irreducible_noise_is_not_upweighted(tmp_path):
     w = np.load(tmp_path / "dro" / "weights.npy")
     facts = json.loads((tmp_path / "dro" / "reweight.args.json").read_text())
     assert w[0] <= max(1.0, facts["null_high"][0])                    # ... and not favoured
+
+
+@pytest.mark.parametrize("kind", ["sit", pytest.param("dit", marks=pytest.mark.slow)])
+def test_an_official_reference(kind, kit, monkeypatch, capsys):
+    """Its losses are those of the published formula on the published weights; the proxy starts afresh under the published recipe."""
+    root, _ = kit
+    if not (data := root / "official_data").exists():
+        make_data(data, np.repeat([0, 1, 2], 6), latents=True)
+        (data / "latents.json").write_text('{"scale": 0.18215}')
+    torch.manual_seed(0)
+    net = SiT(size=SIZE, channels=1, num_classes=K, depth=1, width=384, heads=6, patch=2, learn_sigma=True).eval()
+    for p in net.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    torch.save({"ema": net.state_dict(), "opt": {}}, root / "official.pt")
+    calls, real = [], reweight.diffusion_loss
+
+    def record(process, model, x, u, eps, y):
+        calls.append((x, u, eps, y, real(process, model, x, u, eps, y)))
+        return calls[-1][-1]
+    monkeypatch.setattr(reweight, "diffusion_loss", record)
+    flags = ["--data", data, "--official", kind, "--proxy-model", "SiT-T/2"]
+    out = run((root, root / "official.pt"), f"official_{kind}", *flags, "--steps", 3, "--batch-size", 8)
+    x, u, eps, y, loss = calls[0]                                     # the reference is asked first
+    u, abar = u.view(-1, 1, 1, 1), torch.from_numpy(np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))).float()
+    with torch.no_grad():
+        if kind == "dit":
+            t = (u.flatten() * 1000).long()
+            a = abar[t].view(-1, 1, 1, 1)
+            error = net(a.sqrt() * x + (1 - a).sqrt() * eps, t.float(), y) - eps
+        else:
+            error = net((1 - u) * x + u * eps, 1 - u.flatten(), y) - (x - eps)
+    torch.testing.assert_close(loss, error.square().mean((1, 2, 3)), rtol=1e-4, atol=1e-5)
+    state = common.load_pt(out / "proxy.pt")
+    assert (state["args"]["lr"], state["args"]["warmup"], state["args"]["flips"], state["args"]["process"]) == (1e-4, 0, False, {"dit": "ddpm", "sit": "flow"}[kind])
+    models.from_checkpoint(state)
+    for words, more in (("give --steps", []), ("latent_scale = 0.18215", ["--steps", 3])):
+        if more:
+            (data / "latents.json").write_text('{"scale": 0.5}')
+        with pytest.raises(SystemExit) as e:
+            run((root, root / "official.pt"), "refused", *flags, *more)
+        assert e.value.code == 2 and words in capsys.readouterr().err and not (root / "refused").exists()
+    (data / "latents.json").write_text('{"scale": 0.18215}')

@@ -8,7 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import torchvision
 from PIL import Image
+
+from models.sit import SiT
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ["full", "random", "pruned", "pruned-dro", "random-attach", "d2c-select", "d2c-select-attach"]
@@ -66,3 +70,34 @@ def test_a_folder_of_pictures(copy, tmp_path):
     table = (copy / "runs/my pets-unet-tiny/report/report.md").read_text(encoding="utf-8")
     for run in ("full", "random", "random-0.5", "pruned", "pruned-0.5", "pruned-dro", "pruned-dro-0.5", "d2c-random", "random-attach", "d2c-select", "d2c-select-attach"):
         assert f"| {run} |" in table
+
+
+@pytest.mark.slow
+def test_the_imagenet_recipe(copy, tmp_path, real_vae):
+    """Every command of the recipe in small: 2 wnids, a scorer in the official format, a real (random) VAE, visual encoder and judge; no pixels kept."""
+    rng = np.random.default_rng(0)
+    for c in ("n01440764", "n01443537"):
+        (tmp_path / "train" / c).mkdir(parents=True)
+        for i in range(12):
+            Image.fromarray(rng.integers(0, 256, (20, 24, 3)).astype(np.uint8)).save(tmp_path / f"train/{c}/{i}.JPEG")
+    scorer = SiT(size=8, channels=4, num_classes=2, depth=1, width=384, heads=6, patch=2, learn_sigma=True)
+    for name, net in (("DiT", scorer), ("inception", torchvision.models.inception_v3(num_classes=1008, aux_logits=False, weights=None, init_weights=False)),
+                      ("resnet18", torchvision.models.resnet18(weights=None))):
+        torch.save(net.state_dict(), tmp_path / f"{name}.pth")
+    shutil.copytree(real_vae[0], tmp_path / "vae")
+    config = json.loads((tmp_path / "vae/config.json").read_text())
+    (tmp_path / "vae/config.json").write_text(json.dumps({**config, "scaling_factor": 0.18215}))     # what official weights were trained with
+    np.savez(tmp_path / "adm.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    sizes = dict(SCORER=str(tmp_path / "DiT.pth"), VAE=str(tmp_path / "vae"), IMAGE_SIZE="16", REFERENCE=str(tmp_path / "adm.npz"), JUDGE_WEIGHTS=str(tmp_path / "inception.pth"),
+                 TEXT="minilm", VISUAL="resnet18", VISUAL_WEIGHTS=str(tmp_path / "resnet18.pth"), PER_CLASS="3", INTERVAL="2", STEPS="2", NUM_SAMPLES="6", MODEL="SiT-T/2",
+                 SAMPLER="--sampler sde --steps 3 --cfg 1.5", DEVICE="cpu")
+    code, out = run_all(copy, "imagenet", str(tmp_path / "train"), **sizes)
+    assert code == 0, out[-3000:]
+    assert not (copy / "data/imagenet/images.npy").exists() and np.load(copy / "data/imagenet/latents.npy").shape == (24, 8, 8, 8)
+    table = (copy / "runs/imagenet-SiT-T_2/report/report.md").read_text(encoding="utf-8")
+    for run in ("random", "random-attach", "d2c-select", "d2c-select-attach"):
+        assert f"| {run} |" in table and json.loads((copy / f"runs/imagenet-SiT-T_2/{run}/metrics.json").read_text())["encoders"]["inception"]["n"] == 6
+    kept = np.load(copy / "runs/imagenet-SiT-T_2/select/keep.npy")
+    assert len(kept) == 6 and "latents only" in table
+    code, again = run_all(copy, "imagenet", str(tmp_path / "train"), **sizes)
+    assert code == 0 and again.count("nothing to do") >= 16

@@ -1,4 +1,5 @@
 """sample.py: sample i is a function of (seed, i) alone, an interruption costs nothing, and what is asked for is what is drawn."""
+import argparse
 import json
 import os
 import socket
@@ -13,17 +14,20 @@ import torch
 import common
 import models
 import sample
-from models.diffusion import to_uint8
+from conftest import FakeKL
+from models import diffusion
+from models.diffusion import SAMPLERS, guided, make_process, to_uint8
+from models.sit import SiT
 
 ROOT = Path(sample.__file__).parent
-REAL = sample.generate
+REAL = diffusion.generate
 
 
 def make_checkpoint(path, process="flow", model="SiT-T/2", **more):
     """As train.py writes it, with random weights whose output is not zero."""
     torch.manual_seed(0)
     args = dict(model=model, process=process, predict="v" if process == "flow" else "eps", size=8, channels=1, num_classes=3, class_std=1.0, text_shape=None, latents=False,
-                data="tiny", data_sha256="d", **more)
+                data="tiny", data_sha256="d") | more
     ema = {k: v + 0.05 * torch.randn_like(v) if v.is_floating_point() else v for k, v in models.build(args).state_dict().items()}
     torch.save({"ema": ema, "model": {k: v + 1 for k, v in ema.items()}, "step": 7, "args": args}, path)
     return path
@@ -106,11 +110,11 @@ def test_an_interrupted_call_goes_on_and_equals_a_straight_one(flow, tmp_path, m
             raise RuntimeError("killed")
         rows.append(len(y))
         return REAL(model, process, y, *a, **kw)
-    monkeypatch.setattr(sample, "generate", generate_twice)
+    monkeypatch.setattr(diffusion, "generate", generate_twice)
     with pytest.raises(RuntimeError):
         draw(flow, tmp_path / "b", "--batch-size", 6)
     assert not (tmp_path / "b/samples.npy").exists() and rows == [6, 6]
-    monkeypatch.setattr(sample, "generate", lambda *a, **kw: rows.append(len(a[2])) or REAL(*a, **kw))
+    monkeypatch.setattr(diffusion, "generate", lambda *a, **kw: rows.append(len(a[2])) or REAL(*a, **kw))
     resumed = draw(flow, tmp_path / "b", "--batch-size", 5)                # the batch size may differ
     assert rows[2:] == [5, 3] and alike(straight, resumed)                 # only what was missing
     assert {p.name for p in (tmp_path / "b").iterdir()} == {"samples.npy", "sample_labels.npy", "grid.png", "sample.args.json"}
@@ -158,7 +162,8 @@ def test_mistakes_are_one_line_and_write_nothing(flow, ddpm, tmp_path, capsys):
     assert "flow model" in refused(capsys, flow, tmp_path / "a", "--sampler", "ddim")
     assert "--cfg-interval" in refused(capsys, flow, tmp_path / "a", "--cfg-interval", 0.8, 0.2)
     assert "--cfg" in refused(capsys, flow, tmp_path / "a", "--cfg", "nan") and "--num" in refused(capsys, flow, tmp_path / "a", num=0)
-    assert "VAE" in refused(capsys, latent(make_checkpoint(tmp_path / "l.pt")), tmp_path / "a")
+    assert "does not name its VAE" in refused(capsys, latent(make_checkpoint(tmp_path / "l.pt")), tmp_path / "a")
+    assert "nothing to decode" in refused(capsys, flow, tmp_path / "a", "--vae", "x")
     state = torch.load(flow, weights_only=True)
     torch.save({"ema": state["ema"]}, tmp_path / "x.pt")
     assert "not a checkpoint of train.py" in refused(capsys, tmp_path / "x.pt", tmp_path / "a")        # weights without settings look official
@@ -168,9 +173,9 @@ def test_mistakes_are_one_line_and_write_nothing(flow, ddpm, tmp_path, capsys):
     assert "x.pt" in refused(capsys, tmp_path / "x.pt", tmp_path / "a") and "none.pt" in refused(capsys, tmp_path / "none.pt", tmp_path / "a")
 
 
-def latent(path):
+def latent(path, **more):
     state = torch.load(path, weights_only=True)
-    torch.save({**state, "args": {**state["args"], "latents": True}}, path)
+    torch.save({**state, "args": {**state["args"], "latents": True, **more}}, path)
     return path
 
 
@@ -204,8 +209,125 @@ def test_two_processes_and_one_draw_the_same(flow, tmp_path):
 def test_a_killed_overwrite_never_passes_the_old_samples_for_the_new(flow, tmp_path, monkeypatch):
     old = draw(flow, tmp_path / "a", num=6)
     with monkeypatch.context() as m:
-        m.setattr(sample, "generate", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+        m.setattr(diffusion, "generate", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(SystemExit):
             draw(flow, tmp_path / "a", "--overwrite", "--seed", 5, num=6)
     new = draw(flow, tmp_path / "a", "--seed", 5, num=6)
     assert not np.array_equal(old, new) and np.array_equal(new, draw(flow, tmp_path / "b", "--seed", 5, num=6))
+
+
+# ---------------------------------------------------------------------------------------------- latents
+def plain_pixels(net, scale, x):
+    """uint8 (n, H, W, 3) of latents x (n, c, h, w), decoded one by one."""
+    with torch.no_grad():
+        return np.concatenate([to_uint8(net.decode(one[None].float() / scale).sample).numpy() for one in x])
+
+
+@pytest.mark.parametrize("process, sampler", [("flow", "euler"), ("ddpm", "ddim")])
+def test_latents_are_decoded(process, sampler, tmp_path, fake_vae, capsys):
+    """Drawn by the sampler on its own, unclipped (latents leave [-1, 1]), divided by the scale and decoded one by one."""
+    checkpoint = latent(make_checkpoint(tmp_path / "l.pt", process, channels=4), latent_scale=0.25, vae="its/own")
+    state = torch.load(checkpoint, weights_only=True)
+    model, proc = models.from_checkpoint(state)
+    noise, y = torch.stack([torch.randn(4, 8, 8, generator=common.generator(0, "sample", i)) for i in range(20)]), torch.arange(20) % 3
+    with torch.no_grad():
+        x = SAMPLERS[process][sampler](guided(model, proc, y), noise, proc, 2, **({"clip_x0": False} if process == "ddpm" else {}))
+    assert x.abs().max() > 1.5
+    got = draw(checkpoint, tmp_path / "a", "--sampler", sampler, "--batch-size", 7)
+    assert got.shape == (20, 16, 16, 3) and alike(got, plain_pixels(FakeKL(), 0.25, x)) and len(np.unique(got)) > 40
+    assert fake_vae.seen == [7, 7, 6] and json.loads((tmp_path / "a/sample.args.json").read_text())["args"]["vae"] == "its/own"
+    assert alike(got, draw(checkpoint, tmp_path / "b", "--sampler", sampler, "--vae", "other/place"))
+    assert max(fake_vae.seen) == 16                                       # however large the batch
+    for change, word in ((dict(latent_scale=0.18215), "scale = 0.18215"), (dict(latent_scale=None), "scale = None")):
+        other = latent(make_checkpoint(tmp_path / "o.pt", process, channels=4), **{"latent_scale": 0.25, "vae": "x", **change})
+        assert word in refused(capsys, other, tmp_path / "c", "--sampler", sampler)
+    other = latent(make_checkpoint(tmp_path / "o.pt", process, channels=3), latent_scale=0.25, vae="x")
+    assert "channels = 3" in refused(capsys, other, tmp_path / "c", "--sampler", sampler)
+
+
+def test_without_diffusers_one_line_says_what_to_install(tmp_path, monkeypatch, capsys):
+    checkpoint = latent(make_checkpoint(tmp_path / "l.pt", channels=4), latent_scale=0.25, vae="x")
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    assert "pip install diffusers" in refused(capsys, checkpoint, tmp_path / "a")
+
+
+def test_samples_of_the_real_format(real_vae, tmp_path):
+    folder, net = real_vae
+    checkpoint = latent(make_checkpoint(tmp_path / "l.pt", channels=4), latent_scale=0.3, vae=str(folder))
+    model, process = models.from_checkpoint(torch.load(checkpoint, weights_only=True))
+    noise, y = torch.stack([torch.randn(4, 8, 8, generator=common.generator(0, "sample", i)) for i in range(20)]), torch.arange(20) % 3
+    with torch.no_grad():
+        x = SAMPLERS["flow"]["heun"](guided(model, process, y), noise, process, 2)
+    assert alike(draw(checkpoint, tmp_path / "a"), plain_pixels(net, 0.3, x))
+
+
+# ---------------------------------------------------------------------------------------------- official weights
+def make_official(path, **more):
+    torch.manual_seed(0)
+    net = SiT(size=8, channels=4, num_classes=3, depth=1, width=384, heads=6, patch=2, learn_sigma=True).eval()
+    for p in net.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    torch.save({"ema": {f"module.{k}": v for k, v in net.state_dict().items()}, "opt": {}, **more}, path)
+    return net
+
+
+@pytest.mark.parametrize("kind", ["dit", "sit"])
+def test_official_weights_draw_by_their_own_formulas(kind, tmp_path, monkeypatch, fake_vae, capsys):
+    """SiT from noise (0) to data (1) along dx/dt = v; DiT by DDIM on its own indices. Guidance as published, on all channels."""
+    monkeypatch.setattr(FakeKL, "config", {**FakeKL.config, "scaling_factor": 0.18215})
+    fake_vae.config = FakeKL.config
+    net = make_official(tmp_path / "x.pt", args=argparse.Namespace(model="SiT-S/2", lr=1e-4))
+    y, null = torch.arange(6) % 3, torch.full((6,), 3)
+    x = torch.stack([torch.randn(4, 8, 8, generator=common.generator(0, "sample", i)) for i in range(6)])
+    abar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+    with torch.no_grad():
+        def field(x, t):
+            t = torch.full((6,), float(t))
+            return net(x, t, null) + 2 * (net(x, t, y) - net(x, t, null))
+        for k in range(4):
+            if kind == "sit":
+                x = x + field(x, k / 4) / 4
+            else:
+                i, j = 999 - 250 * k, 749 - 250 * k
+                a, b = abar[i], abar[j] if j > 0 else 1.0
+                eps = field(x, i)
+                x = b**0.5 * (x - (1 - a) ** 0.5 * eps) / a**0.5 + (1 - b) ** 0.5 * eps
+    flags = ("--cfg", 2, "--sampler", {"sit": "euler", "dit": "ddim"}[kind])
+    got = draw(tmp_path / "x.pt", tmp_path / "a", "--official", kind, *flags, num=6, steps=4)
+    assert alike(got, plain_pixels(FakeKL(), 0.18215, x.float())) and len(np.unique(got)) > 40
+    args = json.loads((tmp_path / "a/sample.args.json").read_text())["args"]
+    assert args["vae"] == "stabilityai/sd-vae-ft-ema" and args["official"] == kind
+    assert "--official dit or --official sit" in refused(capsys, tmp_path / "x.pt", tmp_path / "b")
+    make_official(tmp_path / "plain.pt")
+    assert "--official dit or --official sit" in refused(capsys, tmp_path / "plain.pt", tmp_path / "b")
+    assert "leave --official out" in refused(capsys, make_checkpoint(tmp_path / "own.pt"), tmp_path / "b", "--official", kind)
+
+
+class Canary:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+class Sub(argparse.Namespace):
+    """A kind of Namespace that is not the one let in."""
+
+    def __setstate__(self, state):
+        Path(os.environ["CANARY"]).touch()
+
+
+@pytest.mark.parametrize("how", ["call", "subclass", "inside"])
+def test_letting_a_namespace_in_runs_no_other_pickle(how, tmp_path, monkeypatch, fake_vae, capsys):
+    mark = tmp_path / "ran"
+    monkeypatch.setenv("CANARY", str(mark))
+    bad = {"call": Canary(mark), "subclass": Sub(x=1), "inside": argparse.Namespace(x=Canary(mark))}[how]
+    make_official(tmp_path / "x.pt", args=bad)
+    for flags in (("--official", "sit"), ()):
+        assert "x.pt: not readable" in refused(capsys, tmp_path / "x.pt", tmp_path / "a", *flags, num=1) and not mark.exists()
+    torch.load(tmp_path / "x.pt", weights_only=False)                     # the trap itself works
+    assert mark.exists()
+    assert argparse.Namespace not in torch.serialization.get_safe_globals()          # and the door is closed again

@@ -1,4 +1,5 @@
 """train.py: what a step sees, what it does, and that an interrupted run equals a straight one. Tiny networks, through main()."""
+import argparse
 import copy
 import fcntl
 import json
@@ -563,7 +564,8 @@ def test_latents_are_fresh_draws_at_the_right_scale(tmp_path, seen, capsys):
     z = np.concatenate([mean, std], 1).astype(np.float16)
     np.save(data / "latents.npy", z)
     (data / "images.npy").unlink()
-    (data / "latents.json").write_text(json.dumps({"vae": "x", "scale": 0.18215}))
+    about = {"vae": "x", "scale": 0.18215, "mean": 0.18215 * mean.mean(), "std": 0.18215 * np.sqrt(mean.var() + (std**2).mean())}
+    (data / "latents.json").write_text(json.dumps(about))
     noise = rng.normal(size=(50, 4, 8, 8)).astype(np.float32)
     got = train.sample_latents(torch.from_numpy(z), 0.18215, torch.from_numpy(noise)).numpy()
     assert np.abs(got - 0.18215 * (z[:, :4].astype(np.float32) + z[:, 4:].astype(np.float32) * noise)).max() < 1e-6
@@ -579,6 +581,65 @@ def test_latents_are_fresh_draws_at_the_right_scale(tmp_path, seen, capsys):
     assert abs(x.std() - 0.18215 * np.sqrt(25 + (std**2).mean())) < 0.02
     state = common.load_pt(tmp_path / "a/last.pt")
     assert state["args"]["latents"] and state["args"]["latent_scale"] == 0.18215 and state["args"]["channels"] == 4 and state["args"]["size"] == 8
+    assert state["args"]["vae"] == "x"
+
+    capsys.readouterr()
+
+    def other(latents=z, **changed):
+        np.save(data / "latents.npy", latents)
+        (data / "latents.json").write_text(json.dumps({**about, **changed}))
+        return refused(capsys, data, tmp_path / "r", **flags)
+    assert "another scale" in other((z * np.float16(0.18215)).astype(np.float16))              # stored scaled: the loss would look 10 times better
+    assert "another scale" in other(scale=1.0) and "another scale" in other(z + np.float16(2))
+    assert "lacks" in other(std=None) and "lacks" in other(mean=[0.0])
+    broken = z.copy()
+    broken[31, 2, 3, 4] = np.nan
+    assert "row 31" in other(broken)
+    broken[31, 2, 3, 4], broken[7, 5, 0, 0] = 0, -1
+    assert "row 7 has a negative standard deviation" in other(broken)
+
+
+@pytest.mark.parametrize("kind", ["dit", "sit"])
+def test_official_start_weights_begin_with_the_official_loss(kind, tmp_path, monkeypatch, capsys):
+    """The loss of step 0 is that of the published formula on the published weights: DiT's eps at a step of its own, SiT's x - eps in its own time."""
+    data, rng = make_data(tmp_path / "data", sizes=(4, 3, 3)), np.random.default_rng(0)
+    mean, std = rng.normal(size=(10, 4, 8, 8)), np.full((10, 4, 8, 8), 0.1)
+    np.save(data / "latents.npy", np.concatenate([mean, std], 1).astype(np.float16))
+    (data / "latents.json").write_text(json.dumps({"scale": 0.18215, "mean": 0.18215 * mean.mean(), "std": 0.18215 * np.sqrt(mean.var() + 0.01)}))
+    torch.manual_seed(0)
+    net = models.sit.SiT(size=8, channels=4, num_classes=3, depth=2, width=384, heads=6, patch=2, learn_sigma=True).eval()
+    for p in net.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    torch.save({"ema": {f"module.{k}": v for k, v in net.state_dict().items()}, "args": argparse.Namespace(lr=1e-4)}, tmp_path / "official.pt")
+    flags = dict(init=tmp_path / "official.pt", model="SiT-S/2", process=None, steps=1, warmup=0, label_drop=0.0, amp="none")
+    calls = []
+
+    def record(process, model, x, u, eps, y, **kw):
+        calls.append((x, u, eps, y, REAL_LOSS(process, model, x, u, eps, y, **kw)))
+        return calls[-1][-1]
+    monkeypatch.setattr(train, "diffusion_loss", record)
+    state = run(data, tmp_path / "a", official=kind, **flags)
+    x, u, eps, y, loss = calls[0]
+    u, abar = u.view(-1, 1, 1, 1), torch.from_numpy(np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))).float()
+    with torch.no_grad():
+        if kind == "dit":
+            t = (u.flatten() * 1000).long()
+            a = abar[t].view(-1, 1, 1, 1)
+            error = net(a.sqrt() * x + (1 - a).sqrt() * eps, t.float(), y) - eps
+        else:
+            error = net((1 - u) * x + u * eps, 1 - u.flatten(), y) - (x - eps)
+    torch.testing.assert_close(loss, error.square().mean((1, 2, 3)), rtol=1e-4, atol=1e-5)
+    args = state["args"]
+    assert args["learn_sigma"] and args["depth"] == 2 and args["process"] == {"dit": "ddpm", "sit": "flow"}[kind]
+    again, _ = models.from_checkpoint(state)                               # an ordinary checkpoint of ours from here on
+    assert len(again.blocks) == 2 and (again.final_layer.linear.weight.abs() - net.final_layer.linear.weight.abs()).abs().max() < 2e-3
+    capsys.readouterr()
+    assert "--official dit or --official sit" in refused(capsys, data, tmp_path / "b", **flags)
+    assert "give --init" in refused(capsys, data, tmp_path / "b", official=kind, **{**flags, "init": None})
+    other = {**flags, "process": {"dit": "flow", "sit": "ddpm"}[kind]}
+    assert "was trained with --process" in refused(capsys, data, tmp_path / "b", official=kind, **other)
+    (data / "latents.json").write_text(json.dumps({"scale": 0.5, "mean": 0.5 * mean.mean(), "std": 0.5 * np.sqrt(mean.var() + 0.01)}))
+    assert "latents x 0.18215" in refused(capsys, data, tmp_path / "b", official=kind, **flags)
 
 
 # ---------------------------------------------------------------------------------------------- command lines
