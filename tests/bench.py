@@ -23,7 +23,9 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 
@@ -107,7 +109,7 @@ def wait(device):
         torch.cuda.synchronize()
 
 
-def matmul_peak(device, dtype, n=None, repeats=10):
+def matmul_peak(device, dtype, n=None, repeats=40):
     """FLOP/s of the best of `repeats` products of two n x n matrices: what the device can do in practice."""
     import torch
     n = n or (8192 if device.type == "cuda" else 2048)
@@ -135,16 +137,24 @@ class Turns:
 
     def __init__(self, ours, peers, block, device):
         self.ours, self.peers, self.block, self.device, self.n, self.seconds = ours, peers, block, device, 0, {k: [] for k in (ours, *peers)}
-        self.start = None
 
     def __call__(self, *_, **__):                                     # train.py makes its bar just before the loop
-        self.start = time.perf_counter()
+        self.go()
         return self
+
+    def go(self):
+        if self.device.type == "cuda":                                # every wait for the device inside the loop becomes a warning, see train_turns
+            import torch
+            torch.cuda.set_sync_debug_mode("warn")
+        self.start = time.perf_counter()
 
     def update(self, _=1):
         self.n += 1
         if self.n % self.block:
             return
+        if self.device.type == "cuda":
+            import torch
+            torch.cuda.set_sync_debug_mode("default")
         wait(self.device)
         self.seconds[self.ours].append(time.perf_counter() - self.start)
         for name, step in self.peers.items():
@@ -153,7 +163,7 @@ class Turns:
                 step()
             wait(self.device)
             self.seconds[name].append(time.perf_counter() - start)
-        self.start = time.perf_counter()
+        self.go()
 
     set_postfix = close = lambda *_, **__: None
 
@@ -257,21 +267,20 @@ def training_data(folder, latents, classes):
 
 
 def train_turns(args, name, batch, amp, peers, tmp, block, more=()):
-    """Median seconds a step of train.py and of each peer, taking turns; {name: seconds}."""
+    """({name: median seconds a step} of train.py and of each peer, taking turns; how often train.py's loop waited for a GPU)."""
     import common
     import train
     sit = name.startswith("SiT")
     data, out = Path(tmp, "latents" if sit else "images"), Path(tmp, f"run{len(list(Path(tmp).glob('run*')))}")
     if not data.exists():
         training_data(data, sit, 1000 if sit else 10)
-    turns, bar, preview = Turns("ours", peers, block, args.device), common.progress, train.preview
-    common.progress, train.preview = turns, lambda *_, **__: None     # restored below; the pictures after the last step are not the loop
-    try:
+    turns = Turns("ours", peers, block, args.device)
+    with (mock.patch.object(common, "progress", turns), mock.patch.object(train, "preview"),              # the pictures after the last step are not the loop
+          warnings.catch_warnings(record=True) as caught):
+        warnings.simplefilter("always")
         train.main(["--data", str(data), "--out", str(out), "--preset", "imagenet" if sit else "cifar10", "--model", name, "--batch-size", str(batch), "--amp", amp,
                     "--steps", str(block * (args.turns + 2)), "--log-every", "1000000", "--checkpoint-every", "0", "--no-flips", "--device", str(args.device), *more])
-    finally:
-        common.progress, train.preview = bar, preview
-    return turns.medians()
+    return turns.medians(), sum("synchroniz" in str(w.message) for w in caught)
 
 
 def bench_train(args):
@@ -302,13 +311,14 @@ def bench_train(args):
                 if not sit and amp == "none":
                     peers["lucidrains_fp32"], other = lucidrains_step(x, args.device)
                     flops["lucidrains"] = forward_flops(other, x[:1], one.to(args.device))
-                seconds = train_turns(args, name, batch, amp, peers, tmp, 10 if gpu else 1, ["--compile"] * gpu)
+                seconds, waits = train_turns(args, name, batch, amp, peers, tmp, 10 if gpu else 1, ["--compile"] * gpu)
                 for who, s in seconds.items():
                     precision = amp if who == "ours" else "none" if who.endswith("fp32") else "bf16"
                     f = flops[who.split("_")[0]]
                     rows.append(f"{name:9} {batch:6} {'train.py' if who == 'ours' else who.split('_')[0]:12} {'fp32' if precision == 'none' else precision:5} {batch / s:10.2f} {f / 1e9:9.2f} "
                                 f"{3 * f * batch / s / peak[precision]:8.0%}")
                 tag, mine = name.replace("/", "").replace("-", "").lower() + (f"_b{batch}" if gpu else ""), "fp32_" if amp == "none" else ""
+                lines += [f"train_{tag}_{amp}_waits_for_the_device {waits}", f"train_{tag}_{amp}_peak_memory_gb {torch.cuda.max_memory_allocated() / 2**30:.1f}"] * gpu
                 for who in seconds:
                     if who.startswith("diffusers"):
                         lines.append(f"train_{'' if tag == 'unet' else tag + '_'}{mine}vs_{who} {seconds[who] / seconds['ours']:.3f}")
@@ -370,6 +380,7 @@ def bench_evaluate(args):
 
     import scipy.linalg
     import torch
+    import torchvision
     from PIL import Image
     from pytorch_fid import fid_score
     from pytorch_fid import inception as fid
@@ -390,14 +401,9 @@ def bench_evaluate(args):
         files = [Path(tmp, f"{i:05d}.png") for i in range(n)]
         for f, x in zip(files, images):
             Image.fromarray(x).save(f)
-        theirs = fid._inception_v3(num_classes=1008, aux_logits=False, weights=None)                           # random weights in the real layout
-        for block, (width, branch) in {"5b": (192, 32), "5c": (256, 64), "5d": (288, 64)}.items():
-            setattr(theirs, f"Mixed_{block}", fid.FIDInceptionA(width, pool_features=branch))
-        for block, width in {"6b": 128, "6c": 160, "6d": 160, "6e": 192}.items():
-            setattr(theirs, f"Mixed_{block}", fid.FIDInceptionC(768, channels_7x7=width))
-        theirs.Mixed_7b, theirs.Mixed_7c = fid.FIDInceptionE_1(1280), fid.FIDInceptionE_2(2048)
-        torch.save(theirs.state_dict(), Path(tmp, "inception.pth"))
-        fid.fid_inception_v3 = lambda: theirs
+        random = torchvision.models.inception_v3(num_classes=1008, aux_logits=False, weights=None, init_weights=False).state_dict()
+        torch.save(random, Path(tmp, "inception.pth"))
+        fid.load_state_dict_from_url = lambda *_, **__: random        # random weights in the real layout, nothing downloaded
         enc, peer = encoders.load("inception", args.device, weights=Path(tmp, "inception.pth")), fid.InceptionV3([3]).to(args.device)
         fid_score.tqdm = lambda x, **_: x
         values = {}
