@@ -106,7 +106,7 @@ def command(main):
             code = e.code or 0 if isinstance(e, SystemExit) else 1
             if lost := isinstance(e, RuntimeError) and re.search(r"Ranks? ([\d, ]+) failed to pass monitoredBarrier|/gloo/|NCCL", str(e)):
                 print(f"{script}: error: {f'rank {lost[1]}' if lost[1] else 'another process'} has ended, or did not come within DIST_TIMEOUT = "
-                      f"{dist_timeout().seconds} s; torchrun names the first that failed{where}", file=sys.stderr)
+                      f"{dist_timeout().seconds} s; torchrun names the first that failed (... {' '.join(str(e).split())[-160:]}){where}", file=sys.stderr)
             elif code == 1:
                 traceback.print_exc()
         finally:
@@ -290,9 +290,11 @@ def atomic(path):
             os.fsync(f.fileno())
         os.chmod(tmp, 0o666 & ~_umask())
         os.replace(tmp, path)
-    except BaseException:
+    except BaseException as e:
         with contextlib.suppress(OSError):
             os.unlink(tmp)
+        if isinstance(e, OSError) and e.errno is None:                # numpy's and Pillow's words for a short write
+            raise OSError(errno.ENOSPC, f"could not be written ({str(e)[:80]})", str(path)) from e
         raise
     finally:
         os.close(fd)
@@ -350,13 +352,15 @@ def fill(out, name, shape, dtype, batch, compute):
             flags.unlink(missing_ok=True)                             # a kill just before the end left it
             return None
         if not (part.exists() and flags.exists()):
-            final.unlink(missing_ok=True)
+            for old in (final, note):
+                old.unlink(missing_ok=True)
             allocate(flags, np.uint8, shape[:1])                      # the flags first: zeros are always true
             allocate(part, dtype, shape)
         return np.flatnonzero(np.load(flags, mmap_mode="r") == 0)
     todo = from_rank0(missing)                                        # only rank 0 looks: other nodes may see a new file late
     if todo is not None:
         start, width, batch = time.time(), np.dtype(dtype).itemsize * math.prod(shape[1:]), max(1, batch // world())
+        earlier, noted = load_json(note, "the seconds taken", (int, float)) if rank() == 0 and note.exists() else 0.0, start
         head, first = (np.load(f, mmap_mode="r").offset for f in (part, flags))               # where row 0 and flag 0 lie in their files
         todo = todo[slice(*shard(len(todo)))]
         with open(part, "rb+", 0) as rows, open(flags, "rb+", 0) as marks, progress(total=len(todo), desc=name, delay=2) as bar:
@@ -370,10 +374,13 @@ def fill(out, name, shape, dtype, batch, compute):
                 for r in runs:
                     write_at(marks, first + int(ids[r[0]]), np.ones(len(r), np.uint8))
                 bar.update(len(ids))
+                if rank() == 0 and time.time() - noted > 30:          # for a call that goes on after this one was killed
+                    noted = time.time()
+                    save_json(note, round(earlier + world() * (noted - start), 3))
             os.fsync(marks.fileno())
-        spent = gather((time.time() - start, len(todo)))              # rank 0 goes on when all rows are on disk
-        if rank() == 0:                                               # the rows of an earlier call took as long each
-            save_json(note, round(sum(s for s, _ in spent) * shape[0] / max(1, sum(n for _, n in spent)), 3))
+        spent = gather(time.time() - start)                           # rank 0 goes on when all rows are on disk
+        if rank() == 0:
+            save_json(note, round(earlier + sum(spent), 3))
             os.replace(part, final)
             flags.unlink()
         barrier()

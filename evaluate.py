@@ -150,19 +150,21 @@ class Team:
 class Reference:
     """The full training set under one encoder: mu and sigma of all of it, and the features of up to `most` images for neighbours and kernels.
 
-    Of a data folder that holds latents only, mu and sigma are those of the file `statistics`, and there are no features (None).
+    With a file `statistics` mu and sigma are those in it. Of a data folder that holds latents only there are no features (None).
     """
 
     def __init__(self, d, enc, team, most, seed, statistics=None):
         self.d, self.enc, self.team = d, enc, team
-        if d.images is None:
-            self.features = self.test = self.heldout = self.n = None
+        self.features = self.test = self.heldout = self.n = None
+        if statistics:
             self.mu, self.sigma = read_statistics(statistics, enc.width)
+        if d.images is None:
             return
         self.rows = np.sort(np.random.default_rng([seed, 0]).choice(len(d.labels), min(most, len(d.labels)), replace=False))
         self.features = team.encode(enc, Selection(d.images, self.rows), title=f"{enc.name}: reference")       # (R, D)
-        self.labels, cache = d.labels[self.rows], d.folder / f"stats_{enc.name}.npz"
-        self.mu, self.sigma, self.n = self._cached(cache)
+        self.labels = d.labels[self.rows]
+        if not statistics:
+            self.mu, self.sigma, self.n = self._cached(d.folder / f"stats_{enc.name}.npz")
         self.test = None if d.test_images is None else team.encode(enc, d.test_images)
         self.heldout = None if self.test is None or len(self.test) < 2 else self.distance(self.test)
 
@@ -219,24 +221,19 @@ def figures(run, ref, a):
     """Everything that is measured of run's samples under one encoder; n is printed with each figure that depends on it."""
     d, enc, n = ref.d, ref.enc, len(run.images)
     z = ref.team.encode(enc, run.images, title=f"{enc.name}: {run.name}")                                 # (n, D)
-    mu, sigma = read_statistics(a.reference_stats, enc.width) if a.reference_stats else (ref.mu, ref.sigma)
     out = {"identity": enc.identity, "distance": "FID" if enc.name == "inception" else f"FD ({enc.name})", "n": n,
-           "reference": a.reference_stats or f"{d.info['name']}, the full training set", "reference_n": None if a.reference_stats else ref.n,
-           "fd": metrics.frechet_distance(mu, sigma, *metrics.gaussian_stats(z)), "fd_heldout": ref.heldout,
-           "fd_heldout_n": None if ref.test is None else len(ref.test)}
-    if a.reference_stats and ref.test is not None:                    # the yardsticks stand beside fd, so they need its reference
-        out["fd_heldout"] = metrics.frechet_distance(mu, sigma, *metrics.gaussian_stats(ref.test)) if len(ref.test) > 1 else None
+           "reference": a.reference_stats or f"{d.info['name']}, the full training set", "reference_n": ref.n,
+           "fd": ref.distance(z), "fd_heldout": ref.heldout, "fd_heldout_n": None if ref.test is None else len(ref.test)}
     if out["fd_heldout"] is not None and n >= len(ref.test):          # a distance falls as n grows: the samples once more at the held-out images' n
         some = np.sort(np.random.default_rng([a.seed, 3]).choice(n, len(ref.test), replace=False))
-        out["fd_at_heldout_n"] = metrics.frechet_distance(mu, sigma, *metrics.gaussian_stats(z, index=some))
+        out["fd_at_heldout_n"] = ref.distance(z[some])
     if n <= enc.width:
         common.log(f"note: {n} samples for {enc.width} features: the covariance is singular and the distance far too large; draw more samples")
     if a.bootstrap:
-        mean, std, low, high = metrics.bootstrap_frechet(z, mu, sigma, a.bootstrap, a.seed)
+        mean, std, low, high = metrics.bootstrap_frechet(z, ref.mu, ref.sigma, a.bootstrap, a.seed)
         out["fd_bootstrap"] = dict(repeats=a.bootstrap, mean=mean, std=std, low=low, high=high)
     if ref.features is not None and run.keep is not None:             # what a perfect copier of the subset would score
-        copies = ref.of(run.keep)
-        out["fd_subset"] = metrics.frechet_distance(mu, sigma, *metrics.gaussian_stats(copies)) if len(run.keep) > 1 else None
+        out["fd_subset"] = ref.distance(ref.of(run.keep)) if len(run.keep) > 1 else None
     if ref.features is not None and run.labels is not None and d.num_classes > 1:
         try:
             out["per_class"] = metrics.per_class_frechet(z, run.labels, ref.features, ref.labels, d.num_classes, a.seed,
@@ -341,6 +338,8 @@ def trajectory(run, ref, a):
     y = run.drawn[:a.trajectory_num]
     key = {"settings": {k: record[k] for k in DRAWN_WITH}, "labels": array_hash(y), "n": len(y), "data": ref.d.info["sha256"],
            "identity": ref.enc.identity, "checkpoints": {f.name: common.sha256(f) for f in files}}
+    if a.reference_stats:
+        key["reference"] = common.sha256(a.reference_stats)
     path, rows, n = run.out / "trajectory.json", [], len(y)
     if path.exists() and not a.overwrite and common.load_json(path, "points of evaluate.py").get("key") == key:
         return common.log(f"{path}: complete; nothing to do (--overwrite draws again)")

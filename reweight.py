@@ -216,7 +216,8 @@ def train_proxy(a, i, stage, device):
             weights = proxy.state_dict()                              # there is no moving average: both names hold the same tensors
             common.save_pt(stage.out / "proxy.pt", {
                 "model": weights, "ema": weights, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "log_a": log_a.cpu(), "lam": lam.cpu(),
-                "step": done, "images_seen": done * B, "seconds": spent, "args": {**vars(a), **s}})
+                "step": done, "images_seen": done * B, "seconds": spent,
+                "args": {**{k: v for k, v in vars(a).items() if k not in ("device", "overwrite")}, **s}})
         if leave:
             common.log(f"stopped by SIGTERM at step {done}; run the same command again to go on")
             sys.stdout.flush()

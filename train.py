@@ -42,6 +42,7 @@ PRESETS = {
     "imagenet": dict(model="SiT-XL/2", process="flow", steps=40_000, batch_size=256, lr=1e-4, schedule="constant", warmup=0, ema=0.9999, class_std=0.02, flips=False, amp="bf16", checkpoint_every=10_000),
 }
 MAX_BAD_STEPS = 20                                                    # non-finite steps in a row before the run stops
+MAX_LOSS = 100.0                                                      # mean pixel loss that only a diverged network has
 
 
 # ---------------------------------------------------------------------------------------------- what step n sees
@@ -73,7 +74,10 @@ class Order:
 
 
 class Rows:
-    """Rows of a (memory-mapped) array on the device: all of it resident where it fits, else gathered ahead of time by a background thread."""
+    """Rows of a (memory-mapped) array on the device: all of it resident where it fits, else gathered ahead of time by a background thread.
+
+    Every row is looked at as it is read: one NaN among latents would spoil each step that draws it. UserError names the row.
+    """
 
     def __init__(self, array, keep, device, budget):
         self.array, self.keep, self.device = array, keep, device
@@ -82,12 +86,19 @@ class Rows:
         if self.resident:
             self.data = torch.empty((len(keep), *array.shape[1:]), dtype=torch.from_numpy(array[:1].copy()).dtype, device=device)
             for lo in range(0, len(keep), 4096):
-                self.data[lo:lo + 4096] = torch.from_numpy(array[keep[lo:lo + 4096]]).to(device)
+                self.data[lo:lo + 4096] = self._read(keep[lo:lo + 4096]).to(device)
         else:
             self.pool, self.next = ThreadPoolExecutor(1), (None, None)
 
+    def _read(self, rows):
+        x = torch.from_numpy(self.array[rows])
+        if x.is_floating_point() and not (sound := x.isfinite().flatten(1).all(1)).all():
+            raise common.UserError(f"{getattr(self.array, 'filename', 'input')}: NaN or infinity in row {rows[sound.tolist().index(False)]}; write the file again "
+                                   "with the stage that makes it")
+        return x
+
     def _gather(self, rows):
-        out = torch.from_numpy(self.array[self.keep[rows.numpy()]])
+        out = self._read(self.keep[rows.numpy()])
         return out.pin_memory() if self.device.type == "cuda" else out
 
     def get(self, rows, ahead=None):
@@ -185,7 +196,7 @@ def load_inputs(a):
     if d.latents is not None:
         i.about = common.load_json(d.folder / "latents.json", "the description of the latents")
         try:
-            check_latents(d.latents, i.about, i.keep)
+            check_latents(d.latents, i.about)
         except ValueError as e:
             raise common.UserError(f"{d.folder / 'latents.npy'}: {e}") from e
         if a.flips:
@@ -412,10 +423,14 @@ def train(a, i, stage, device):
             spent = seconds + time.time() - clock
             if bad[0] >= MAX_BAD_STEPS or last and bad[0] > 2:        # one or two are fp16 finding its scale, and their weights are sound
                 bar.close()
-                raise common.UserError(f"{stage.out}: {int(bad[0])} steps in a row had a non-finite loss or gradient, up to step {done}; last.pt keeps the last good "
-                                       "checkpoint; check the data, lower --lr, or use --amp bf16 or none")
+                raise common.UserError(f"{stage.out}: {int(bad[0])} steps in a row had a non-finite loss or gradient, up to step {done}; {last_good(stage.out)}; "
+                                       "check the data, lower --lr, or use --amp bf16 or none")
             row = logger.write(done, lr=common.lr_at(step, a), images=images_seen, epoch=images_seen / M, seconds=round(spent, 3), skipped=int(bad[1]), scale=scaler.get_scale())
             bar.set_postfix(loss=f"{row['diffusion']:.4f}", refresh=False)
+            if row["diffusion"] > MAX_LOSS:
+                bar.close()
+                raise common.UserError(f"{stage.out}: the loss is {row['diffusion']:.3g} up to step {done}, and that of a network that predicts nothing about 1: the run "
+                                       f"has diverged; {last_good(stage.out)}; lower --lr, or raise --warmup")
             if first_log is None and not last:
                 first_log = (spent - seconds) / (done - start)
                 common.log(f"{B / first_log:,.0f} images/s, about {first_log * (a.steps - done) / 60:,.1f} minutes to go")
@@ -440,6 +455,13 @@ def train(a, i, stage, device):
     if (spent := logger.rows[-1]["seconds"] if logger.rows else 0) > 0:
         common.log(f"{images_seen:,} images in {spent:,.1f} s, diffusion loss {logger.rows[-1]['diffusion']:.4f}, {int(bad[1])} steps skipped")
     return {"train_seconds": spent, "images_seen": images_seen, "epochs": images_seen / M, "images_kept": M, "parameters": n_params, "skipped": int(bad[1])}
+
+
+def last_good(out):
+    """What stands of a run that diverged, in words."""
+    if not (out / "last.pt").exists():
+        return "no checkpoint was written before"
+    return f"last.pt keeps the last good checkpoint, of step {common.load_pt(out / 'last.pt')['step']}"
 
 
 def steps_left(checkpoint, steps):

@@ -347,30 +347,28 @@ def latent_moments(sums, scale):
     return scale * first / n, scale * math.sqrt(max(second / n - (first / n) ** 2, 0.0))
 
 
-def check_latents(latents, about, keep, most=2048):
+def check_latents(latents, about, most=2048):
     """Raise ValueError unless stored latents (N, 2c, h, w) are what latents.json, the dict `about`, says of them.
 
     mean and std are compared on at most `most` rows spread over the set, with room for the draw of the rows (10 % of std): latents stored scaled, or
-    under another scale, are off by a factor of five and train without any error, on a loss that only looks better. The kept rows are searched for NaN.
+    under another scale, are off by a factor of five and train without any error, on a loss that only looks better. NaN is found among these rows only.
     """
     if not isinstance(about, dict) or not all(isinstance(about.get(k), (int, float)) and math.isfinite(about[k]) for k in ("scale", "mean", "std")):
         raise ValueError("latents.json beside it lacks a finite scale, mean or std (of the scaled latents); encode the images with data.py --vae")
     if latents.shape[1] % 2:
         raise ValueError(f"{latents.shape[1]} channels, but mean and std of the posterior make an even number; encode the images with data.py --vae")
-    keep = keep[np.unique(np.linspace(0, len(keep) - 1, min(len(keep), 32 * most)).astype(np.int64))]
     spread = np.unique(np.linspace(0, len(latents) - 1, min(len(latents), most)).astype(np.int64))
     sums = np.zeros(3)
-    for rows, counted in ((keep, False), (spread, True)):
-        for part in np.array_split(rows, -(-len(rows) // 256)):
-            z = latents[part]                                         # (b, 2c, h, w)
-            sound = np.isfinite(z).reshape(len(z), -1).all(1)
-            if not sound.all():
-                raise ValueError(f"NaN or infinity in row {part[np.argmin(sound)]}; encode the images again with data.py --vae")
-            positive = (z[:, z.shape[1] // 2:] >= 0).reshape(len(z), -1).all(1)
-            if not positive.all():
-                raise ValueError(f"row {part[np.argmin(positive)]} has a negative standard deviation; the second half of the channels must hold the "
-                                 "posterior's std (not its logarithm); encode the images with data.py --vae")
-            sums += latent_sums(z) * counted
+    for part in np.array_split(spread, -(-len(spread) // 256)):
+        z = latents[part]                                             # (b, 2c, h, w)
+        sound = np.isfinite(z).reshape(len(z), -1).all(1)
+        if not sound.all():
+            raise ValueError(f"NaN or infinity in row {part[np.argmin(sound)]}; encode the images again with data.py --vae")
+        positive = (z[:, z.shape[1] // 2:] >= 0).reshape(len(z), -1).all(1)
+        if not positive.all():
+            raise ValueError(f"row {part[np.argmin(positive)]} has a negative standard deviation; the second half of the channels must hold the "
+                             "posterior's std (not its logarithm); encode the images with data.py --vae")
+        sums += latent_sums(z)
     mean, std = latent_moments(sums, about["scale"])
     if abs(std - about["std"]) > 0.1 * about["std"] or abs(mean - about["mean"]) > 0.1 * about["std"]:
         raise ValueError(f"x {about['scale']:g} its draws have mean {mean:.4g} and std {std:.4g}, but latents.json beside it says {about['mean']:.4g} "

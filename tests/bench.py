@@ -6,6 +6,7 @@
     python tests/bench.py prune                    # memory and time of every score on 200 000 x 2 048 features, 1 000 classes (1.6 GB of disk)
     python tests/bench.py prune --only kcenter     # one row of it
     python tests/bench.py prune --size 0.01        # the same on a hundredth, to see that it runs
+    python tests/bench.py large                    # memory and start-up at ImageNet's size
 
 train and sample need the peers, in an environment of their own so that the project's stays as it is:
     python -m venv .venv-bench && .venv-bench/bin/pip install -r requirements.txt diffusers denoising-diffusion-pytorch
@@ -417,7 +418,35 @@ def bench_evaluate(args):
     print("\n".join(lines))
 
 
-BENCHMARKS = {"train": bench_train, "sample": bench_sample, "evaluate": bench_evaluate, "prune": bench_prune}
+def bench_large(args):
+    """Memory and time of what every script does first, on as many latents as ImageNet has (sparse files of the right size)."""
+    n, classes = int(1_281_167 * args.size), 1000
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory(dir=args.scratch, prefix="bench_large_") as tmp:
+        data = Path(tmp, "data")
+        data.mkdir()
+        np.save(data / "labels.npy", rng.integers(0, classes, n))
+        np.lib.format.open_memmap(data / "latents.npy", "w+", np.float16, (n, 8, 32, 32)).flush()
+        (data / "classes.txt").write_text("".join(f"{c}\n" for c in range(classes)))
+        (data / "dataset.json").write_text(json.dumps({"name": "bench", "sha256": "made by bench.py"}))
+        (data / "latents.json").write_text(json.dumps({"vae": "bench", "scale": 1.0, "mean": 0.0, "std": 0.0}))
+        np.save(Path(tmp, "difficulty.npy"), rng.random(n, np.float32))
+        train = [ROOT / "train.py", "--data", data, "--model", "SiT-T/2", "--steps", 2, "--batch-size", 8, "--device", "cpu", "--amp", "none"]
+        commands = {"prune.py, random": [ROOT / "prune.py", "--data", data, "--score", "random", "--per-class", 10, "--out", f"{tmp}/prune"],
+                    "attach.py, interval": [ROOT / "attach.py", "--data", data, "--difficulty", f"{tmp}/difficulty.npy", "--per-class", 10, "--text", "none", "--judge", "none",
+                                            "--out", f"{tmp}/attach"],
+                    "train.py, 2 steps, 10 000 images": [*train, "--indices", f"{tmp}/attach/keep.npy", "--out", f"{tmp}/kept"],
+                    "train.py, 2 steps, all images": [*train, "--out", f"{tmp}/full"]}
+        print(f"{n:,} latents (8, 32, 32) float16, {n * 16384 / 1e9:.1f} GB\n{'command':34} {'RssAnon GB':>11} {'seconds':>8}")
+        lines = []
+        for name, command in commands.items():
+            seconds, gb, _ = measure(command)
+            print(f"{name:34} {gb:11.2f} {seconds:8.1f}", flush=True)
+            lines.append(f"large_{re.sub('[^a-z0-9]+', '_', name)}_rss_gb {gb:.3f}")
+        print("\n".join(lines))
+
+
+BENCHMARKS = {"train": bench_train, "sample": bench_sample, "evaluate": bench_evaluate, "prune": bench_prune, "large": bench_large}
 
 
 def main(argv=None):
@@ -429,7 +458,7 @@ def main(argv=None):
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     p.add_argument("--scratch", type=Path, help="folder for temporary files instead of the system's")
     args = p.parse_args(argv)
-    if args.benchmark != "prune":
+    if args.benchmark not in ("prune", "large"):
         import common
         args.device = common.get_device(args.device)
     BENCHMARKS[args.benchmark](args)

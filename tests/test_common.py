@@ -387,6 +387,28 @@ def test_fill_goes_on_where_it_stopped(tmp_path):
     common.fill(tmp_path, "x", (11, 3), np.float16, 4, None)          # it stands: nothing is computed
 
 
+def test_fill_counts_the_seconds_of_interrupted_calls(tmp_path, monkeypatch):
+    """Each batch takes 40 s here. The note is kept up as it goes; what a call that finds nothing left adds is its own time, not a share of the rows'."""
+    clock, stop = [0.0], [True]
+    monkeypatch.setattr(common.time, "time", lambda: clock[0])
+
+    def compute(ids):
+        if 9 in ids and stop:
+            stop.pop()
+            raise KeyboardInterrupt
+        clock[0] += 40
+        return rows_of(ids)
+    with pytest.raises(KeyboardInterrupt):
+        common.fill(tmp_path, "x", (11, 3), np.float16, 4, compute)
+    assert common.fill(tmp_path, "x", (11, 3), np.float16, 4, compute)[1] == 120
+    (tmp_path / "x.npy").rename(tmp_path / "x.part.npy")              # killed just before the end
+    np.save(tmp_path / "x.done.npy", np.ones(11, np.uint8))
+    assert common.fill(tmp_path, "x", (11, 3), np.float16, 4, None)[1] == 120
+    for f in tmp_path.glob("x*.npy"):                                 # made anew: an old note does not count
+        f.unlink()
+    assert common.fill(tmp_path, "x", (11, 3), np.float16, 4, compute)[1] == 120
+
+
 def test_fill_writes_scattered_rows_at_their_places(tmp_path):
     """Holes as a call with other processes leaves them; vectors and numbers, of any width."""
     for shape, kind in (((9,), np.float32), ((9, 2, 3), np.uint8)):
@@ -499,6 +521,21 @@ def test_a_rank_that_fails_ends_all(how, said, stage_file, tmp_path):
     ranks = processes(2, stage_file, how, tmp_path / "out", DIST_TIMEOUT="2")
     assert all(code for code, *_ in ranks) and said in " ".join(err for *_, err in ranks), ranks
     assert ranks[0][0] != 99 and time.time() - start < 40 and not (tmp_path / "out" / "x.npy").exists(), ranks
+
+
+def test_what_the_network_library_says_is_not_lost(monkeypatch, capsys):
+    """Two processes on one GPU, no route between two nodes: not every such error means that another process has ended."""
+    codes = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(os, "_exit", lambda code: codes.append(code))
+
+    @common.command
+    def main(argv):
+        raise RuntimeError("NCCL error in: x.cpp:94, invalid usage\nLast error:\nDuplicate GPU detected : rank 1 and rank 0 both on CUDA device 1000")
+    with pytest.raises(SystemExit):
+        main([])
+    err = capsys.readouterr().err
+    assert codes == [1] and err.count("\n") == 1 and "Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 1000" in err, err
 
 
 @pytest.mark.slow

@@ -460,6 +460,22 @@ def test_trajectory_ends_at_the_run_s_own_distance(world, capsys):
     assert {p["n"] for p in json.loads((world / "full" / "trajectory.json").read_text())["points"]} == {10}
 
 
+def test_trajectory_is_measured_against_the_given_statistics(world, capsys):
+    z = features(world, np.load(world / "data" / "images.npy"), "pixels")
+    for name, part in (("a", z[:60]), ("b", z[60:])):
+        np.savez(world / f"{name}.npz", **dict(zip(("mu", "sigma"), metrics.gaussian_stats(part))))
+    ends = []
+    for name in "ab":
+        flags = ("--reference-stats", str(world / f"{name}.npz"))
+        m, = run(world, "--no-audit", *flags, encoder="pixels", runs=("full",))
+        capsys.readouterr()
+        run(world, "--trajectory", *flags, encoder="pixels", runs=("full",))
+        assert "nothing to do" not in capsys.readouterr().out         # other statistics, other points
+        ends.append(json.loads((world / "full" / "trajectory.json").read_text())["points"][-1]["fd"])
+        assert ends[-1] == pytest.approx(m["encoders"]["pixels"]["fd"], rel=1e-4)
+    assert ends[0] != pytest.approx(ends[1], rel=1e-3)
+
+
 def test_trajectory_draws_as_sample_py_did(world):
     """Random labels, and a last checkpoint that is no multiple of the interval."""
     (world / "full" / "step_0000004.pt").unlink()

@@ -642,6 +642,18 @@ def test_official_start_weights_begin_with_the_official_loss(kind, tmp_path, mon
     assert "latents x 0.18215" in refused(capsys, data, tmp_path / "b", official=kind, **flags)
 
 
+def test_a_row_that_is_not_finite_is_named_when_it_is_read():
+    z = np.zeros((10, 2, 2, 2), np.float16)
+    z[7, 1, 0, 1] = np.nan
+    keep, cpu = np.array([1, 3, 7, 8]), torch.device("cpu")
+    for budget, rows in ((1e9, None), (0, torch.tensor([0, 2]))):     # resident, and gathered ahead of the step
+        with pytest.raises(common.UserError, match="NaN or infinity in row 7"):
+            images = train.Rows(z, keep, cpu, budget)
+            images.get(torch.tensor([0, 1]), rows)
+            images.get(rows)
+        assert train.Rows(z, keep[[0, 1, 3]], cpu, budget).get(torch.tensor([2])).shape == (1, 2, 2, 2)
+
+
 # ---------------------------------------------------------------------------------------------- command lines
 @pytest.mark.parametrize("script", sorted(p.stem for p in ROOT.glob("*.py") if "def parse_args" in p.read_text()))
 def test_every_flag_is_used_by_some_code(script, monkeypatch):
