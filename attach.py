@@ -2,7 +2,7 @@
 
 Select  s(x, y) = mean over t of ||target - model(x_t, t, y)||^2 under a frozen class-conditional diffusion model (Eq. 7; low = easy): T = 10 fixed
         times, the same noise for every image, the model's own target. Per class, sorted from easy to hard, the ranks {0, k, 2k, ...} are taken.
-Attach  text tokens of "a photo of a {class}" for every class, and the visual tokens of a frozen encoder for every kept image.
+Attach  text tokens of "a photo of a {class}" for every class (ImageNet's n01440764 is read as "tench"), and the visual tokens of a frozen encoder for every kept image.
 Before anyone trains it prints how far the ranking repeats under other noise, and FD(subset -> full set) beside that of random subsets.
 
 --interval auto  k = max(1, 3 n_c // (4 IPC)), IPC = --per-class, n_c images in the class: its hardest quarter is left out. The paper's ImageNet
@@ -31,7 +31,7 @@ import torch
 
 import common
 from models import encoders
-from models.conditioning import PROMPT, mean_token_cosine, minilm_tokens, text_tokens
+from models.conditioning import PROMPT, class_words, mean_token_cosine, minilm_tokens, text_tokens
 from models.diffusion import diffusion_loss, to_pixels
 from models.metrics import frechet_distance, gaussian_stats
 
@@ -313,7 +313,7 @@ def attach(a, i, stage, device):
     if a.text != "none" and main:
         start = time.time()
         with common.user_errors():
-            tokens, mask = i.text or text_tokens(a.text, [a.prompt.replace("{class}", c.replace("_", " ")) for c in d.classes], device)
+            tokens, mask = i.text or text_tokens(a.text, [a.prompt.replace("{class}", c) for c in class_words(d.classes)], device)
         tokens = half(tokens, a.text)
         common.save_npy(out / "text_mask.npy", mask)
         common.save_npy(out / "text.npy", tokens)

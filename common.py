@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 import zipfile
 import zlib
 from pathlib import Path
@@ -106,7 +107,7 @@ def command(main):
             code = e.code or 0 if isinstance(e, SystemExit) else 1
             if lost := isinstance(e, RuntimeError) and re.search(r"Ranks? ([\d, ]+) failed to pass monitoredBarrier|/gloo/|NCCL", str(e)):
                 print(f"{script}: error: {f'rank {lost[1]}' if lost[1] else 'another process'} has ended, or did not come within DIST_TIMEOUT = "
-                      f"{dist_timeout().seconds} s; torchrun names the first that failed (... {' '.join(str(e).split())[-160:]}){where}", file=sys.stderr)
+                      f"{dist_timeout().total_seconds():.0f} s; torchrun names the first that failed (... {' '.join(str(e).split())[-160:]}){where}", file=sys.stderr)
             elif code == 1:
                 traceback.print_exc()
         finally:
@@ -396,8 +397,8 @@ def write_at(file, offset, array):
 
 
 def save_npy(path, array):
-    with atomic(path) as tmp, open(tmp, "wb") as f:
-        np.save(f, np.asarray(array), allow_pickle=False)
+    with atomic(path) as tmp, open(tmp, "wb") as f:                   # numpy must not see a file: its own way of writing hides a full disk at the end
+        np.save(SimpleNamespace(write=f.write), np.asarray(array), allow_pickle=False)
 
 
 def save_pt(path, state):
@@ -548,6 +549,16 @@ def check_kinds(path, what, value, kind=dict, **need):
             kinds = " or ".join("nothing" if t is type(None) else t.__name__ for t in (k if isinstance(k, tuple) else (k,)))
             raise UserError(f"{path}: {name} is {f'a {type(v).__name__}' if v is not None else 'nothing'}, but must be {kinds}; write the file again with "
                             "the script that makes it")
+
+
+@contextlib.contextmanager
+def no_bombs():
+    """Pillow only warns of pictures up to twice its limit of pixels: here that is an error too, and its other warnings are silent."""
+    from PIL import Image
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield
 
 
 def save_grid(path, images, pad=1, least=48):

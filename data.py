@@ -36,7 +36,6 @@ import sys
 import tempfile
 import threading
 import time
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -91,12 +90,9 @@ def read_image(source, size=None):
 # ---- many images, in parallel
 def decode_chunk(job, file, size):
     """Write images job = (first row, list of images) into the .npy at `file`. Returns ({row: fault}, {row: other (H, W)}, all of them grey)."""
-    from PIL import Image
     first, images = job
     out, faults, other, all_grey = np.load(file, mmap_mode="r+"), {}, {}, True
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("error", Image.DecompressionBombWarning)    # Pillow only warns up to twice its limit
+    with common.no_bombs():
         for row, image in enumerate(images, first):
             try:
                 pixels, grey = read_image(image, size)
@@ -592,7 +588,6 @@ def pixel_reader(images, size, shape, pool):
 def encode(args, info, vae, device):
     """latents.npy, by every process its part, then latents.json and dataset.json by rank 0. info: what was begun."""
     import torch
-    from PIL import Image
     from models.diffusion import to_pixels
     from models.encoders import latent_moments, latent_sums
     out, labels, size = args.out, np.load(args.out / "labels.npy"), None
@@ -613,9 +608,7 @@ def encode(args, info, vae, device):
         if not all(sound):
             raise UserError(f"{image_name(images, rows[sound.index(False)])}: its latent is not finite in float16; is {args.vae} the VAE you meant?")
         return z.cpu().numpy()
-    with ThreadPoolExecutor(workers) as pool, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("error", Image.DecompressionBombWarning)             # Pillow only warns up to twice its limit
+    with ThreadPoolExecutor(workers) as pool, common.no_bombs():
         read = pixel_reader(images, size, (info["height"], info["width"]), pool)
         z, seconds = common.fill(out, "latents", shape, np.float16, args.batch_size, compute)
     common.log(f"data.py: {z.nbytes / 1e6:,.1f} MB of latents {shape} of {args.vae}, {seconds:.1f} s over all processes")

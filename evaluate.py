@@ -13,7 +13,6 @@ Writes  RUN/metrics.json     every figure under its encoder, with the protocol; 
 """
 import hashlib
 import time
-import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -62,18 +61,19 @@ def read_folder(folder):
     files = pictures(folder)
     if not files:
         raise common.UserError(f"{folder}: no picture in it or below it; give the folder, .npy or .npz that holds the samples")
-    out = []
-    for f in common.progress(files, desc=str(folder)):
+    images = None
+    for k, f in enumerate(common.progress(files, desc=str(folder))):
         try:
-            with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning), Image.open(f) as im:
+            with common.no_bombs(), Image.open(f) as im:
                 if im.mode[0] in "IF":
                     raise ValueError(f"mode {im.mode}: more than 8 bits a channel")
-                out.append(np.asarray(im if im.mode == "L" else im.convert("RGB")))
+                x = np.asarray(im if im.mode == "L" else im.convert("RGB"))
         except Exception as e:
             raise common.UserError(f"{f}: not a readable picture ({e}); remove or replace it")
-        if out[-1].shape != out[0].shape:
-            raise common.UserError(f"{f}: shape {out[-1].shape}, but {files[0].name} has {out[0].shape}; bring all samples to one size")
-    images = np.stack(out)
+        images = np.empty((len(files), *x.shape), np.uint8) if images is None else images
+        if x.shape != images.shape[1:]:
+            raise common.UserError(f"{f}: shape {x.shape}, but {files[0].name} has {images.shape[1:]}; bring all samples to one size")
+        images[k] = x
     return images if images.ndim == 4 else images[..., None]
 
 
@@ -101,11 +101,16 @@ class Team:
     def call(self, task, *args):
         """[what self.task(*args) gives on every rank], in their order. task: the name of a method."""
         common.from_rank0(lambda: (task, args))
-        return common.gather(getattr(self, task)(*args))
+        return self._share(task, args)
 
     def serve(self):
         while order := common.from_rank0(lambda: None):               # the answer of rank 0's call(), or of its dismiss()
-            common.gather(getattr(self, order[0])(*order[1]))
+            self._share(*order)
+
+    def _share(self, task, args):
+        with common.user_errors():
+            part = getattr(self, task)(*args)
+        return common.gather(part)
 
     def dismiss(self):
         common.from_rank0(lambda: None)
@@ -125,7 +130,7 @@ class Team:
         if isinstance(images, str):
             images = np.load(images, mmap_mode="r", allow_pickle=False)
         lo, hi = common.shard(len(rows))
-        with common.progress(total=hi - lo, desc=title, delay=0 if title else 2) as bar, common.user_errors():
+        with common.progress(total=hi - lo, desc=title, delay=0 if title else 2) as bar:
             return encoders.extract(self.encs[which], images, self.batch_size, kind, rows=rows[lo:hi], bar=bar)
 
     def draw(self, which, file, record, y):
@@ -177,8 +182,11 @@ class Reference:
         except Exception:                                             # absent, damaged or of another kind: it is only a cache
             pass
         mu, sigma = metrics.gaussian_stats(self, device=self.enc.device)
-        with common.atomic(cache) as tmp, open(tmp, "wb") as f:
-            np.savez(f, mu=mu, sigma=sigma, n=len(self.d.labels), key=key)
+        try:
+            with common.atomic(cache) as tmp, open(tmp, "wb") as f:
+                np.savez(f, mu=mu, sigma=sigma, n=len(self.d.labels), key=key)
+        except OSError as e:                                          # a shared, read-only data set
+            common.log(f"note: {cache} is not kept ({e.strerror}): the next call encodes the whole set again")
         return mu, sigma, len(self.d.labels)
 
     # The whole training set as a matrix of features: gaussian_stats goes over it once, block by block. What is not held is encoded as it is read.

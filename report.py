@@ -14,7 +14,6 @@ import re
 import statistics
 from pathlib import Path
 from types import SimpleNamespace
-from warnings import catch_warnings
 
 import numpy as np
 
@@ -210,7 +209,7 @@ def read_picture(file):
     if not file.exists():
         return None
     try:
-        with catch_warnings(action="error", category=Image.DecompressionBombWarning), Image.open(file) as im:
+        with common.no_bombs(), Image.open(file) as im:
             return np.asarray(im)
     except Exception as e:                                            # on damaged files Pillow raises many kinds
         raise common.UserError(f"{file}: not a readable picture ({e}); remove it, or draw it again with evaluate.py --overwrite")
@@ -621,7 +620,8 @@ def legend(t, e, name):
     if "per_class" in e:
         text.append(f"*Worst class FD* is at n={t[name]['worst_n'][0]} a class, "
                     f"where real images score {e['per_class']['real_mean']:.3g} on average.")
-    text.append("Seconds are those of all processes together. *Prepare s* counts features, scores, weights, attachments and the training of every network these used; sampling and judging are in "
+    text.append("Seconds are those of all processes together. *Prepare s* counts features, scores, weights, attachments and the training of every "
+                "network these used; sampling and judging are in "
                 "no column.")
     if any(prepared(r) is None for r in t.values()):
         text.append("*?*: a file that the run was prepared with has no record of what it cost.")

@@ -11,6 +11,9 @@ Writes  OUT/samples.npy      uint8 (n, H, W, C);  OUT/sample_labels.npy int64 (n
     python sample.py --checkpoint SiT-XL-2-256x256.pt --official sit --cfg 1.5 --sampler sde --steps 250 --batch-size 32 --out runs/official
 Run the same command again after an interruption: what is there is kept.
 """
+import math
+from pathlib import Path
+
 import numpy as np
 import torch
 
@@ -33,9 +36,8 @@ def make_labels(spec, n, num_classes, seed):
     return y
 
 
-def draw(a, model, process, y, device, stage, vae=None, scale=None):
-    """samples.npy, by every process its part, then grid.png. With a vae the model's samples are latents times `scale`."""
-    n, (side, channels) = len(y), (model.size, model.channels) if vae is None else (model.size * vae.factor, 3)
+def draw(a, model, process, y, shape, device, stage, vae=None, scale=None):
+    """samples.npy of `shape`, by every process its part, then grid.png. With a vae the model's samples are latents times `scale`."""
     drawn = dict(sampler=a.sampler, steps=a.steps, cfg=a.cfg, cfg_interval=a.cfg_interval, eta=a.eta, variance=a.variance)
 
     def compute(ids):
@@ -45,11 +47,11 @@ def draw(a, model, process, y, device, stage, vae=None, scale=None):
         if not x.isfinite().all():
             raise common.UserError(f"{a.checkpoint}: samples hold NaN or infinity; the checkpoint has diverged, or --cfg {a.cfg:g} is too large")
         return to_uint8(x).cpu().numpy()
-    pixels, _ = common.fill(stage.out, "samples", (n, side, side, channels), np.uint8, a.batch_size, compute)
+    pixels, _ = common.fill(stage.out, "samples", shape, np.uint8, a.batch_size, compute)
     if common.rank() == 0:
-        columns = min(10, n)
-        rows = min(10, n // columns)
-        by_class = np.argsort(y, kind="stable") if model.num_classes > columns or a.labels != "balanced" else np.arange(n)
+        columns = min(10, len(y))
+        rows = min(10, len(y) // columns)
+        by_class = np.argsort(y, kind="stable") if model.num_classes > columns or a.labels != "balanced" else np.arange(len(y))
         common.save_grid(stage.out / "grid.png", pixels[by_class[:rows * columns]].reshape(rows, columns, *pixels.shape[1:]))
 
 
@@ -82,7 +84,8 @@ def parse_args(argv=None):
     p.add_argument("--sampler", choices=sorted({s for kind in SAMPLERS.values() for s in kind}), help="default: ddim for ddpm, heun for flow")
     p.add_argument("--steps", type=common.number(int, low=1, high=100_000), help="sampler steps; default 50 for ddpm, 25 for flow (heun: 2 evaluations each)")
     p.add_argument("--cfg", type=common.number(low=0, high=1000), default=1.0, help="guidance: v = v_null + cfg (v_cond - v_null); 1 = none")
-    p.add_argument("--cfg-interval", type=common.number(low=0, high=1), nargs=2, default=(0.0, 1.0), metavar=("LO", "HI"), help="times (0 data, 1 noise) where guidance acts")
+    p.add_argument("--cfg-interval", type=common.number(low=0, high=1), nargs=2, default=(0.0, 1.0), metavar=("LO", "HI"),
+                   help="times (0 data, 1 noise) where guidance acts")
     p.add_argument("--eta", type=common.number(low=0, high=1), default=0.0, help="ddim: 0 deterministic, 1 as random as DDPM")
     p.add_argument("--variance", choices=("beta", "beta-tilde"), default="beta", help="ancestral: variance of a step")
     p.add_argument("--labels", default="balanced", help="balanced, random, or a .npy of int64 labels")
@@ -107,8 +110,12 @@ def main(argv=None):
         raise common.UserError(f"--sampler {a.sampler}: {a.checkpoint} is a {process.name} model; choose one of {', '.join(SAMPLERS[process.name])}")
     if a.cfg_interval[0] > a.cfg_interval[1]:
         raise common.UserError(f"--cfg-interval {a.cfg_interval[0]:g} {a.cfg_interval[1]:g}: the first must not be larger; 0 is data, 1 is noise")
-    common.need_disk(a.out, a.num * model.size**2 * model.channels)
-    y, vae = make_labels(a.labels, a.num, model.num_classes, a.seed), open_vae(a, settings, device)
+    vae = open_vae(a, settings, device)
+    side, channels = (model.size * vae.factor, 3) if vae else (model.size, model.channels)
+    shape, out = (a.num, side, side, channels), Path(a.out)
+    if not ((out / "samples.npy").exists() or (out / "samples.part.npy").exists()):           # from the first row on the space is reserved
+        common.need_disk(out, math.prod(shape))
+    y = make_labels(a.labels, a.num, model.num_classes, a.seed)
     outputs = ["samples.npy", "sample_labels.npy"] + ["samples.npz"] * a.npz
     stage = common.Stage("sample", a.out, a, {"checkpoint": a.checkpoint}, outputs, ("batch_size", "npz"), a.overwrite,
                          stale=("samples*.np[yz]", "grid.png"), scraps=("samples.seconds.json",))
@@ -117,9 +124,8 @@ def main(argv=None):
     if common.rank() == 0:
         common.save_npy(stage.out / "sample_labels.npy", y)
     if not common.from_rank0(lambda: all((stage.out / name).exists() for name in ("samples.npy", "grid.png"))):      # else --npz was asked for later
-        side = model.size * (vae.factor if vae else 1)
-        common.log(f"writing {a.num * side**2 * (3 if vae else model.channels) / 2**20:,.1f} MB of samples into {stage.out}")
-        draw(a, model.to(device), process, y, device, stage, vae, settings["latent_scale"] if vae else None)
+        common.log(f"writing {math.prod(shape) / 2**20:,.1f} MB of samples into {stage.out}")
+        draw(a, model.to(device), process, y, shape, device, stage, vae, settings["latent_scale"] if vae else None)
     if a.npz and common.rank() == 0:
         with common.atomic(stage.out / "samples.npz") as tmp, open(tmp, "wb") as f:
             np.savez(f, arr_0=np.load(stage.out / "samples.npy", mmap_mode="r"), arr_1=y)

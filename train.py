@@ -113,10 +113,10 @@ class Rows:
 
 
 def device_budget(device):
-    """Bytes that data may take: 60 % of the free device memory, on a CPU a quarter of the memory."""
+    """Bytes that data may take: 60 % of the free device memory, on a CPU a quarter of the memory, which the processes of this machine share."""
     if device.type == "cuda":
         return 0.6 * torch.cuda.mem_get_info(device)[0]
-    return 0.25 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return 0.25 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 # ---------------------------------------------------------------------------------------------- the objective
@@ -332,13 +332,14 @@ def train(a, i, stage, device):
         if projector is not None:
             projector.load_state_dict(state["projector"])
         optimizer.load_state_dict(state["optimizer"]), scaler.load_state_dict(state["scaler"])
-        steps_left(stage.out / "last.pt", a.steps)
+        steps_left(stage.out / "last.pt", state["step"], a.steps)
         start, images_seen, seconds, skipped_before = state["step"], state["images_seen"], state["seconds"], state["skipped"]
         common.log(f"resuming at step {start:,}")
         del state
     logger.resume(start)
-    images = Rows(source, i.keep, device, device_budget(device))
-    visual = Rows(i.visual, np.arange(M), device, device_budget(device)) if i.visual is not None else None
+    budget = device_budget(device)
+    images = Rows(source, i.keep, device, budget)
+    visual = Rows(i.visual, np.arange(M), device, budget - images.resident * source[:1].nbytes * M) if i.visual is not None else None
     constant = mean_token_cosine(i.visual[:4096]) if visual else None
     labels = torch.from_numpy(i.labels).to(device)
     counts = torch.from_numpy(np.bincount(i.labels, minlength=d.num_classes)).double()
@@ -464,9 +465,8 @@ def last_good(out):
     return f"last.pt keeps the last good checkpoint, of step {common.load_pt(out / 'last.pt')['step']}"
 
 
-def steps_left(checkpoint, steps):
-    """Steps that a finished run still lacks; the number may grow, not shrink."""
-    done = common.load_pt(checkpoint)["step"]
+def steps_left(checkpoint, done, steps):
+    """Steps that a run with `done` of them still lacks; the number may grow, not shrink."""
     common.check_kinds(checkpoint, "its step", done, int)
     if done > steps:
         raise common.UserError(f"{checkpoint}: has {done} steps already, --steps {steps} is fewer; choose another --out")
@@ -532,9 +532,9 @@ def main(argv=None):
     settings_of(a, i)
     free = ["checkpoint_every", "sample_every", "log_every", "flips_asked"] + ["steps"] * (a.schedule == "constant")
     attached = {f"attach_{n}": Path(a.attach) / f"{n}.npy" for n in ("keep", "text", "visual") if a.attach and (Path(a.attach) / f"{n}.npy").exists()}
-    inputs = {"data": i.data.info, "indices": a.indices, "weights": a.weights, "init": a.init, **attached}
+    inputs, last = {"data": i.data.info, "indices": a.indices, "weights": a.weights, "init": a.init, **attached}, Path(a.out) / "last.pt"
     stage = common.Stage("train", a.out, a, inputs, ("last.pt", "loss.png"), free, a.overwrite, stale=("last.pt", "step_*.pt", "samples_*.png", "stats.jsonl", "loss.png"),
-                         ready=lambda: steps_left(Path(a.out) / "last.pt", a.steps) == 0)
+                         ready=lambda: steps_left(last, common.load_pt(last)["step"], a.steps) == 0)
     if stage.done:
         return
     stage.finish(**train(a, i, stage, device))

@@ -4,6 +4,7 @@ The text tokens live in the model as a buffer with one row per class and a zero 
 together, sampling needs no file beside the checkpoint, and the null condition is the same in training and in guidance.
 """
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -124,6 +125,19 @@ def minilm_tokens(classes):
                              "encoder of transformers (--text google/flan-t5-xl, --text FOLDER), your own tokens (--text FILE.npy) or --text none")
         rows.append(row[known[0]])
     return vectors[rows][:, None], np.ones((len(rows), 1), bool)
+
+
+def class_words(classes):
+    """What a prompt calls each class: underscores are spaces, a wnid of ImageNet-1k (its folders' names) is its first synonym.
+
+    Raises ValueError at a wnid that the table does not know: a text model makes nothing of it.
+    """
+    with np.load(TABLE, allow_pickle=False) as f:
+        word = dict(zip(f["wnids"].tolist(), f["names"][f["wnid_rows"]].tolist()))
+    if (unknown := next((c for c in classes if re.fullmatch(r"n\d{8}", c.lower()) and c.lower() not in word), None)):
+        raise ValueError(f"class {unknown!r}: a WordNet number that is not of ImageNet-1k, which no text model can read; name the class folders in words, or "
+                         "use your own tokens (--text FILE.npy) or --text none")
+    return [word.get(c.lower(), c.replace("_", " ")) for c in classes]
 
 
 @torch.no_grad()

@@ -142,21 +142,3 @@ def sincos_2d(width, grid):
     row, col = np.divmod(np.arange(grid * grid), grid)
     parts = [fn(np.outer(pos, omega)) for pos in (col, row) for fn in (np.sin, np.cos)]
     return np.concatenate(parts, axis=1)
-
-
-class Reversed(nn.Module):
-    """An official SiT in this kit's time: it runs from noise (0) to data (1) and predicts x - eps, hence v_ours(x, t) = -v_official(x, 1 - t)."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def __getattr__(self, name):
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("model"), name)
-
-    def forward(self, x, t, y, tokens_after=None):
-        out = self.model(x, 1 - t, y, tokens_after)
-        return -out if tokens_after is None else (-out[0], out[1])

@@ -15,10 +15,10 @@ import models
 import prune
 import train
 from conftest import processes
-from models.conditioning import minilm_tokens, text_tokens
+from models.conditioning import class_words, minilm_tokens, text_tokens
 from models.diffusion import DDPM, Flow
 from models.encoders import train_scratch
-from models.sit import Reversed, SiT
+from models.sit import SiT
 
 ROOT = Path(attach.__file__).parent
 NAMES = ("cat", "dog", "truck")
@@ -123,7 +123,7 @@ def test_reversed_time_equals_the_official_formula():
         for t, e in zip(1 - ts, eps):
             v = net(t * x + (1 - t) * e, t.expand(3), y)
             want += (v - (x - e)).square().mean((1, 2, 3)) / 10
-    torch.testing.assert_close(attach.difficulty_scores(Reversed(net), Flow(), x, y, eps, ts), want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(attach.difficulty_scores(lambda x, t, y: -net(x, 1 - t, y), Flow(), x, y, eps, ts), want, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("process", ["ddpm", "flow"])
@@ -326,6 +326,22 @@ def test_embedded_text_covers_every_class_of_its_data_sets():
     assert path.stat().st_size < 1.2e6
     with np.load(path, allow_pickle=False) as f:
         assert len(np.unique(f["wnid_rows"])) == len(np.unique(f["wnids"])) == 1000
+
+
+def test_a_prompt_names_the_classes_of_imagenet_in_words(tmp_path, monkeypatch, capsys):
+    """Its folders are called n01440764: to a text model "a photo of a n01440764" is noise, and the same noise for all."""
+    from torchvision.models._meta import _IMAGENET_CATEGORIES
+    with np.load(ROOT / "models" / "text_minilm.npz", allow_pickle=False) as f:
+        words = class_words(sorted(f["wnids"].tolist()))              # torchvision's categories are in this order
+    assert [(a, b) for a, b in zip(words, _IMAGENET_CATEGORIES) if a != b.lower()] == [("cardigan welsh corgi", "Cardigan")]
+    assert class_words(["N01440764", "aquarium_fish", "Snow leopard", "n1"]) == ["tench", "aquarium fish", "Snow leopard", "n1"]
+    seen, data = [], make_data(tmp_path / "data", (3, 3))
+    monkeypatch.setattr(attach, "text_tokens", lambda where, prompts, device: seen.append(prompts) or (np.ones((2, 1, 4)), np.ones((2, 1), bool)))
+    (data / "classes.txt").write_text("n01440764\nn01443537\n")
+    run(data, tmp_path / "a", "--select", "all", "--judge", "none", "--text", "some/t5")
+    assert seen == [["a photo of a tench", "a photo of a goldfish"]]
+    (data / "classes.txt").write_text("n01440764\nn99999999\n")
+    assert "n99999999" in refused(capsys, data, tmp_path / "b", "--select", "all", "--judge", "none", "--text", "some/t5") and len(seen) == 1
 
 
 def test_text_from_a_file(made, tmp_path, capsys):

@@ -1,4 +1,5 @@
 """evaluate.py end to end on tiny runs of a tiny data set: what is compared with what, what is measured again, what is refused. The formulas are test_metrics.py's."""
+import errno
 import json
 import shutil
 import subprocess
@@ -244,6 +245,20 @@ def test_reference_statistics_of_others(world, names):
     assert e["fd_subset"] == pytest.approx(direct(features(world, everything[np.load(world / "keep.npy")], "pixels"), z), rel=1e-3)    # the same reference
 
 
+def test_a_data_folder_that_cannot_be_written_costs_the_cache_only(world, monkeypatch, capsys):
+    """Shared data sets are read-only as a rule."""
+    real = common.atomic
+
+    def atomic(path):
+        if Path(path).parent == world / "data":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path)
+    monkeypatch.setattr(common, "atomic", atomic)
+    m, = run(world, encoder="pixels", runs=("full",))
+    assert m["encoders"]["pixels"]["fd"] > 0 and "is not kept (Permission denied)" in capsys.readouterr().out
+    assert not list((world / "data").glob("stats_*"))
+
+
 # ---------------------------------------------------------------------------------------------- measured again, or not
 def test_second_encoder_joins_the_first(world, capsys):
     first = run(world)
@@ -442,6 +457,19 @@ def test_a_space_too_large_for_memory_is_left_out_of_the_audit(world, monkeypatc
     assert "no memorisation audit in pixels" in capsys.readouterr().out and m["left_out"] == ["pixels"] and "pixels" not in m and m["scratch"] == whole["scratch"]
     monkeypatch.setattr(evaluate, "AUDIT_BYTES", 4 * 32 * K * PER - 1)
     assert "GB of vectors" in run(world, "--overwrite", runs=("small",))[0]["memorisation"]["skipped"]
+
+
+def test_what_goes_wrong_in_the_shared_work_is_one_line_on_every_rank(monkeypatch):
+    """serve() runs on the ranks that do not measure: a ValueError of models/ there must not end in a traceback."""
+    team = evaluate.Team([], 4, "cpu")
+
+    def broken(*_):
+        raise ValueError("VAE x: cannot be loaded")
+    monkeypatch.setattr(team, "draw", broken)
+    monkeypatch.setattr(common, "from_rank0", lambda make: ("draw", (0, "last.pt", {}, None)))
+    for work in (lambda: team.call("draw"), team.serve):
+        with pytest.raises(common.UserError, match="VAE x"):
+            work()
 
 
 # ---------------------------------------------------------------------------------------------- trajectory

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ import models
 import sample
 from conftest import FakeKL
 from models import diffusion
-from models.diffusion import SAMPLERS, guided, make_process, to_uint8
+from models.diffusion import SAMPLERS, guided, to_uint8
 from models.sit import SiT
 
 ROOT = Path(sample.__file__).parent
@@ -243,6 +244,19 @@ def test_latents_are_decoded(process, sampler, tmp_path, fake_vae, capsys):
         assert word in refused(capsys, other, tmp_path / "c", "--sampler", sampler)
     other = latent(make_checkpoint(tmp_path / "o.pt", process, channels=3), latent_scale=0.25, vae="x")
     assert "channels = 3" in refused(capsys, other, tmp_path / "c", "--sampler", sampler)
+
+
+def test_the_disk_is_asked_for_what_will_be_written(flow, tmp_path, monkeypatch, capsys, fake_vae):
+    """Decoded images, not latents; and only before the first row: the space is reserved from then on."""
+    latents = latent(make_checkpoint(tmp_path / "l.pt", channels=4), latent_scale=0.25, vae="its/own")
+    disk = lambda free: monkeypatch.setattr(common.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))          # noqa: E731
+    disk(20 * 16 * 16 * 3 - 1)
+    assert "make room" in refused(capsys, latents, tmp_path / "a")
+    disk(20 * 16 * 16 * 3)
+    assert draw(latents, tmp_path / "a").shape == (20, 16, 16, 3)
+    disk(0)
+    draw(latents, tmp_path / "a")
+    assert "nothing to do" in capsys.readouterr().out and "make room" in refused(capsys, flow, tmp_path / "b")
 
 
 def test_without_diffusers_one_line_says_what_to_install(tmp_path, monkeypatch, capsys):

@@ -209,6 +209,22 @@ def test_resampling_draws_classes_with_their_probabilities():
     assert per_row[labels == 3].sum() == 0 and chi2 < 44 + 4 * np.sqrt(88)
 
 
+def test_processes_of_one_machine_share_its_memory(monkeypatch):
+    alone = train.device_budget(torch.device("cpu"))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert train.device_budget(torch.device("cpu")) == alone / 4 > 0
+
+
+def test_a_resume_holds_one_checkpoint_at_a_time(tiny_data, tmp_path, monkeypatch):
+    """That of a large network is 10 GB, in every process."""
+    run(tiny_data, tmp_path / "a", steps=2)
+    (tmp_path / "a" / "loss.png").unlink()                            # as a call that was killed at its end
+    calls, load = [], common.load_pt
+    monkeypatch.setattr(common, "load_pt", lambda path, *a, **kw: calls.append(Path(path).name) or load(path, *a, **kw))
+    train.main(argv(tiny_data, tmp_path / "a", steps=2))
+    assert calls == ["last.pt"] and (tmp_path / "a" / "loss.png").exists()
+
+
 def test_rows_from_disk_equal_resident_rows(tiny_data):
     images, keep = np.load(tiny_data / "images.npy", mmap_mode="r"), np.array([3, 4, 9, 20, 49])
     a, b = (train.Rows(images, keep, torch.device("cpu"), budget) for budget in (1 << 30, 0))
