@@ -13,15 +13,8 @@ UNETS = {"unet": dict(ch=128, mult=(1, 2, 2, 2), blocks=2, attention=(16,), drop
          "unet-tiny": dict(ch=32, mult=(1, 2), blocks=1, attention=(4,), dropout=0.0)}
 
 
-class GroupNorm(nn.GroupNorm):
-    """In the precision of its weights whatever autocast is at, as CUDA's autocast has it: backwards the CPU's bf16 kernel is several times slower."""
-
-    def forward(self, x):
-        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
-
-
 def norm(ch):
-    return GroupNorm(32 if ch % 32 == 0 else 8, ch, eps=1e-6)
+    return nn.GroupNorm(32 if ch % 32 == 0 else 8, ch, eps=1e-6)
 
 
 class ResBlock(nn.Module):

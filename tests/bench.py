@@ -254,6 +254,7 @@ def forward_flops(net, *inputs):
 
 def training_data(folder, latents, classes):
     """A data folder of 2 048 random images 32 x 32 x 3, or as many latents 32 x 32 x 4, in `classes` classes."""
+    from models.encoders import latent_moments, latent_sums
     folder.mkdir()
     rng, n = np.random.default_rng(0), 2048
     np.save(folder / "labels.npy", np.arange(n) % classes)
@@ -262,7 +263,8 @@ def training_data(folder, latents, classes):
     if latents:
         z = np.concatenate([rng.normal(size=(n, 4, 32, 32)), np.full((n, 4, 32, 32), 0.1)], 1).astype(np.float16)
         np.save(folder / "latents.npy", z)
-        (folder / "latents.json").write_text(json.dumps({"vae": "bench", "scale": 1.0, "mean": float(z[:, :4].mean()), "std": float(z[:, :4].std())}))
+        mean, std = latent_moments(latent_sums(z), 1.0)
+        (folder / "latents.json").write_text(json.dumps({"vae": "bench", "scale": 1.0, "mean": mean, "std": std}))
     else:
         np.save(folder / "images.npy", rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8))
 
