@@ -125,7 +125,7 @@ def main(argv=None):
         common.save_npy(stage.out / "sample_labels.npy", y)
     if not common.from_rank0(lambda: all((stage.out / name).exists() for name in ("samples.npy", "grid.png"))):      # else --npz was asked for later
         common.log(f"writing {math.prod(shape) / 2**20:,.1f} MB of samples into {stage.out}")
-        draw(a, model.to(device), process, y, shape, device, stage, vae, settings["latent_scale"] if vae else None)
+        draw(a, model.to(device, memory_format=torch.channels_last), process, y, shape, device, stage, vae, settings["latent_scale"] if vae else None)
     if a.npz and common.rank() == 0:
         with common.atomic(stage.out / "samples.npz") as tmp, open(tmp, "wb") as f:
             np.savez(f, arr_0=np.load(stage.out / "samples.npy", mmap_mode="r"), arr_1=y)
