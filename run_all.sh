@@ -89,7 +89,7 @@ measured=()
 # OFFICIAL (dit, sit, or empty for a checkpoint of train.py), VAE, REFERENCE (ADM's VIRTUAL_imagenet256_labeled.npz), IMAGE_SIZE, VISUAL_WEIGHTS, JUDGE_WEIGHTS.
 imagenet() {
     : "${VAE:=stabilityai/sd-vae-ft-ema}" "${OFFICIAL=dit}" "${SCORER:?run_all.sh: imagenet needs SCORER=DiT-XL-2-256x256.pt, the diffusion model that scores}" \
-      "${REFERENCE:?run_all.sh: imagenet needs REFERENCE=VIRTUAL_imagenet256_labeled.npz, the statistics of all images (ADM's), which the judge compares with}"
+      "${REFERENCE:?run_all.sh: imagenet needs REFERENCE=VIRTUAL_imagenet256_labeled.npz, the statistics that the judge compares with}"
     heavy data.py "$images" --size "${IMAGE_SIZE:=256}" --vae "$VAE" --latents-only --batch-size $((64 * NPROC)) --device "$DEVICE" --out "$data"
     for seed in $SEEDS; do
         tail=; [ "$seed" = "${SEEDS%% *}" ] || tail=-seed$seed

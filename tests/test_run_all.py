@@ -35,6 +35,7 @@ def run_all(there, *args, **sizes):
 
 
 def test_unknown_input_is_one_line(copy):
+    assert subprocess.run(["bash", "-n", copy / "run_all.sh"]).returncode == 0                          # all of it parses
     code, out = run_all(copy, "no_such_folder")
     assert code == 2 and "no_such_folder" in out and len(out.strip().splitlines()) == 1 and not (copy / "runs").exists()
 
