@@ -32,7 +32,7 @@ def test_a_few_kills():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("check, n", [("same", 0), ("kills", 30), ("overwrite", 4), ("disk", 6), ("full", 0)])
+@pytest.mark.parametrize("check, n", [("same", 0), ("kills", 20), ("overwrite", 2), ("disk", 4), ("full", 0)])
 def test_the_whole_chain(check, n):
     text = chaos("--kills", n, "--checks", check, *["--short"] * (check == "overwrite"))
     if "skipped" in text:
