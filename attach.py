@@ -154,12 +154,8 @@ def check_inputs(a):
 
 def pixels_of(folder, d, keep):
     """The data folder whose image j is image keep[j] of d, as the names in both files.txt tell."""
-    pixels, names = common.open_data(folder), []
-    for f in (d.folder, pixels.folder):
-        try:
-            names.append((f / "files.txt").read_text(encoding="utf-8").splitlines())
-        except (OSError, ValueError) as e:
-            raise common.UserError(f"{f / 'files.txt'}: not readable ({e}); the images cannot be told apart without it")
+    pixels = common.open_data(folder)
+    names = [common.load_lines(f / "files.txt") for f in (d.folder, pixels.folder)]
     if len(names[0]) != len(d.labels) or names[1] != [names[0][j] for j in keep] or not np.array_equal(pixels.labels, d.labels[keep]):
         raise common.UserError(f"{folder}: its images are not the {len(keep)} of --indices, in their order; make it with: python data.py "
                                f"{d.info.get('source', 'SOURCE')} --indices keep.npy --out {folder}")

@@ -65,11 +65,6 @@ def official_weights(state):
     return weights if "x_embedder.proj.weight" in weights else {}
 
 
-def from_official(state, kind):
-    """(model in eval mode, process) from an official checkpoint of kind 'dit' or 'sit'; see official_checkpoint."""
-    return from_checkpoint(official_checkpoint(state, kind))
-
-
 def official_checkpoint(state, kind):
     """An official checkpoint as train.py would have written it: {"ema": weights, "args": settings}, to score, sample and train on from.
 

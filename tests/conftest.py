@@ -66,6 +66,19 @@ def tiny_data(tmp_path_factory):
     return make_data(tmp_path_factory.mktemp("tiny") / "data")
 
 
+@torch.no_grad()
+def published_loss(net, kind, x, u, eps, y):
+    """(n,) losses of an official network by its own paper's formula: DiT's eps at the step of u (n,), SiT's x - eps in its own time, 1 - u."""
+    u, abar = u.view(-1, 1, 1, 1), torch.from_numpy(np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))).float()
+    if kind == "dit":
+        t = (u.flatten() * 1000).long()
+        a = abar[t].view(-1, 1, 1, 1)
+        error = net(a.sqrt() * x + (1 - a).sqrt() * eps, t.float(), y) - eps
+    else:
+        error = net((1 - u) * x + u * eps, 1 - u.flatten(), y) - (x - eps)
+    return error.square().mean((1, 2, 3))
+
+
 class FakeKL:
     """What models.encoders.Vae asks of diffusers' AutoencoderKL, in a few lines: every 2 x 2 pixels become one, no weights. `seen`: batch sizes."""
     config = dict(in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(1, 1), scaling_factor=0.25)

@@ -442,6 +442,10 @@ def official(channels=4, patch=2, learn_sigma=True):
     return model, model.state_dict()
 
 
+def from_official(state, kind):
+    return models.from_checkpoint(models.official_checkpoint(state, kind))
+
+
 def wrapped(weights, key, prefix):
     weights = {prefix + k: v for k, v in weights.items()}
     other = {k: v + 1 for k, v in weights.items()}           # the raw weights, which are not meant
@@ -453,11 +457,11 @@ def wrapped(weights, key, prefix):
 def test_official_weights_answer_as_their_network(key, prefix):
     model, weights = official()
     x, y = batch(3, 4), torch.tensor([0, 4, 5])
-    dit, process = models.from_official(wrapped(weights, key, prefix), "dit")
+    dit, process = from_official(wrapped(weights, key, prefix), "dit")
     assert type(process) is DDPM and process.predict == "eps"
     t = torch.tensor([50.0, 500.0, 950.0])
     assert torch.equal(dit(x, t, y), model(x, t, y))
-    sit, process = models.from_official(wrapped(weights, key, prefix), "sit")
+    sit, process = from_official(wrapped(weights, key, prefix), "sit")
     assert type(process) is Flow
     t = torch.tensor([0.05, 0.5, 0.75])
     torch.testing.assert_close(sit(x, t, y), -model(x, 1 - t, y), rtol=0, atol=1e-5)
@@ -477,7 +481,7 @@ def test_official_weights_against_the_second_implementation():
         state = models.official_checkpoint(wrapped(weights, "ema", "module."), kind)
         start = models.build(state["args"])
         models.init_from(start, state, "x.pt")
-        for net in (models.from_official(weights, kind)[0], start.eval()):
+        for net in (from_official(weights, kind)[0], start.eval()):
             with torch.no_grad():
                 out = net(x, torch.tensor(times), y)
             np.testing.assert_allclose(out.numpy(), want, rtol=0, atol=2e-5)
@@ -508,7 +512,7 @@ def test_official_settings():
 @pytest.mark.parametrize("channels, patch, learn_sigma", [(3, 4, True), (1, 1, False), (4, 8, False)])
 def test_official_sizes_are_read_off_the_shapes(channels, patch, learn_sigma):
     model, weights = official(channels, patch, learn_sigma)
-    again, _ = models.from_official(weights, "dit")
+    again, _ = from_official(weights, "dit")
     x, t, y = batch(3, channels), torch.tensor([1.0, 40.0, 999.0]), torch.tensor([0, 4, 5])
     assert torch.equal(again(x, t, y), model(x, t, y)) and (again.patch, again.out_channels) == (patch, channels * (1 + learn_sigma))
 
@@ -516,7 +520,7 @@ def test_official_sizes_are_read_off_the_shapes(channels, patch, learn_sigma):
 @pytest.mark.parametrize("width, heads", [(384, 6), (768, 12), (1024, 16), (1152, 16)])
 def test_official_heads_come_from_the_width(width, heads):
     net = SiT(size=2, channels=1, num_classes=1, depth=1, width=width, heads=1, patch=2)      # the weights do not show them
-    assert models.from_official(net.state_dict(), "dit")[0].blocks[0].attn.heads == heads
+    assert from_official(net.state_dict(), "dit")[0].blocks[0].attn.heads == heads
 
 
 def test_official_weights_that_are_none():
@@ -524,7 +528,7 @@ def test_official_weights_that_are_none():
 
     def refused(state, message):
         with pytest.raises(ValueError, match=message) as e:
-            models.from_official(state, "sit")
+            from_official(state, "sit")
         assert "\n" not in str(e.value)
     without = lambda k: {n: v for n, v in weights.items() if n != k}                          # noqa: E731
     refused(SiT(8, 3, 5, depth=1, width=64, heads=4, patch=2).state_dict(), "width is 64, official ones are 1152, 1024, 768, 384 wide")

@@ -19,7 +19,7 @@ import torch
 import common
 import models
 import train
-from conftest import make_data
+from conftest import make_data, published_loss
 
 ROOT = Path(train.__file__).parent
 BASE = dict(model="SiT-T/2", process="flow", steps=6, batch_size=8, lr=1e-3, schedule="constant", warmup=2, log_every=2, checkpoint_every=2, device="cpu")
@@ -636,15 +636,7 @@ def test_official_start_weights_begin_with_the_official_loss(kind, tmp_path, mon
     monkeypatch.setattr(train, "diffusion_loss", record)
     state = run(data, tmp_path / "a", official=kind, **flags)
     x, u, eps, y, loss = calls[0]
-    u, abar = u.view(-1, 1, 1, 1), torch.from_numpy(np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))).float()
-    with torch.no_grad():
-        if kind == "dit":
-            t = (u.flatten() * 1000).long()
-            a = abar[t].view(-1, 1, 1, 1)
-            error = net(a.sqrt() * x + (1 - a).sqrt() * eps, t.float(), y) - eps
-        else:
-            error = net((1 - u) * x + u * eps, 1 - u.flatten(), y) - (x - eps)
-    torch.testing.assert_close(loss, error.square().mean((1, 2, 3)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(loss, published_loss(net, kind, x, u, eps, y), rtol=1e-4, atol=1e-5)
     args = state["args"]
     assert args["learn_sigma"] and args["depth"] == 2 and args["process"] == {"dit": "ddpm", "sit": "flow"}[kind]
     again, _ = models.from_checkpoint(state)                               # an ordinary checkpoint of ours from here on
