@@ -3,12 +3,14 @@
 #
 #   bash run_all.sh                     digits: embedded, needs nothing downloaded, minutes on a CPU
 #   bash run_all.sh cifar10             CIFAR-10 (ROOT=folder where it already lies), one GPU, an evening
+#   QUICK=1 bash run_all.sh cifar10     the same questions with short runs, sized for 25 minutes of one GPU; the report is renewed after every run
 #   bash run_all.sh FOLDER|FILE.npz     your own images
 #   bash run_all.sh imagenet FOLDER     D2C's own setting on ImageNet's training images (a folder per class); needs downloads, see the block below
 #   bash run_all.sh test                the fast tests
 #
-# Sizes come from the environment: STEPS KEEP PER_CLASS NUM_SAMPLES SEEDS MODEL PROCESS RUNS NPROC DEVICE REPORT=full (trajectories and intervals), and choices:
-# SURROGATE SCORE TEXT VISUAL INTERVAL JUDGE DRO SAMPLER OUT (default runs/NAME, with MODEL and PROCESS behind it where given).
+# Sizes come from the environment: STEPS KEEP PER_CLASS NUM_SAMPLES SEEDS MODEL PROCESS RUNS NPROC DEVICE REPORT=full (trajectories and intervals), TRAJECTORY=n
+# (trajectories of n samples a point), and choices: SURROGATE SCORE ("gaussian moderate" makes two rows) TEXT VISUAL INTERVAL JUDGE, flags for the scripts: DRO (reweight.py),
+# TRAIN (train.py), SAMPLER (sample.py), and OUT (default runs/NAME, with MODEL and PROCESS behind it where given).
 # Output: runs/NAME/<run>/ and runs/NAME/report/report.md. Seeds after the first stand in runs/NAME/<run>-seedN.
 set -euo pipefail
 export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-1000}                      # idle CPU threads sleep at once: on a busy machine they would spin for ages
@@ -42,12 +44,19 @@ if [ "$what" = test ]; then
 fi
 
 # ------------------------------------------------------------------ sizes
-dro="" sampler="--cfg 1.5" preset=()                                  # DRO and SAMPLER: flags for reweight.py and sample.py
+dro="" sampler="--cfg 1.5" train="" preset=()                         # defaults of DRO, SAMPLER and TRAIN
+if [ -n "${QUICK:-}" ]; then                                          # short runs, in the order of their worth; the learning rate must be up within them
+    : "${STEPS:=4000}" "${NUM_SAMPLES:=5000}" "${KEEP=0.1}" "${JUDGE:=scratch}" "${TRAJECTORY:=2000}"
+    : "${RUNS:=full random pruned d2c-select random-attach d2c-select-attach}"
+    train="--warmup 500 --checkpoint-every 1000"
+fi
 case "$what" in
 digits)  NAME=digits; source=(digits); preset=(--preset digits); : "${STEPS:=800}" "${PER_CLASS:=15}" "${NUM_SAMPLES:=1000}" "${KEEP:=}"
-         [ "${PROCESS:-flow}" = ddpm ] || sampler="--sampler heun --steps 12 --cfg 1.5"
+         sampler="--sampler heun --steps 12 --cfg 1.5"
+         [ "${PROCESS:-flow}" = flow ] || sampler="--sampler dpm++ --steps 20 --cfg 1.5"
+         case "${MODEL:-}" in unet*) train="--lr 1e-3" ;; esac       # the preset's rate is the tiny SiT's
          dro="--eta 0.05 --steps 400 --batch-size 64" ;;
-cifar10) NAME=cifar10; source=(cifar10 ${ROOT:+--root "$ROOT"}); preset=(--preset cifar10); : "${STEPS:=20000}" "${PER_CLASS:=100}" "${NUM_SAMPLES:=10000}" "${KEEP:=0.1 0.4}" ;;
+cifar10) NAME=cifar10; source=(cifar10 ${ROOT:+--root "$ROOT"}); preset=(--preset cifar10); : "${STEPS:=20000}" "${PER_CLASS:=100}" "${NUM_SAMPLES:=10000}" "${KEEP:=0.1 0.4}" "${SCORE:=gaussian moderate}" ;;
 imagenet) NAME=imagenet; preset=(--preset imagenet); sampler="--sampler sde --steps 250 --cfg 1.5"
          : "${STEPS:=40000}" "${PER_CLASS:=10}" "${INTERVAL:=96}" "${NUM_SAMPLES:=50000}" "${KEEP:=}" "${RUNS:=random random-attach d2c-select d2c-select-attach}"
          : "${TEXT:=google/flan-t5-xl}" "${VISUAL:=dinov2_vitb14}" "${JUDGE:=inception}" ;;
@@ -56,33 +65,65 @@ imagenet) NAME=imagenet; preset=(--preset imagenet); sampler="--sampler sde --st
          : "${TEXT:=none}" ;;                                         # minilm knows the class names of digits, CIFAR and ImageNet only
 esac
 : "${SEEDS:=0}" "${NPROC:=1}" "${DEVICE:=auto}" "${REPORT:=short}" "${RUNS:=full random random-attach pruned pruned-dro d2c-select d2c-select-attach}"
-[ "$REPORT" != full ] || RUNS="$RUNS pruned-dro-resample"             # the other way to use the weights
-: "${DRO=$dro}" "${SAMPLER=$sampler}" "${TEXT:=minilm}" "${VISUAL:=ddae}" "${SCORE:=gaussian}" "${INTERVAL:=auto}" "${JUDGE:=scratch pixels}"
+[ "$REPORT" != full ] || RUNS="$RUNS pruned-dro-resample" TRAJECTORY=${TRAJECTORY:-all}          # the other way to use the weights
+: "${DRO=$dro}" "${SAMPLER=$sampler}" "${TRAIN=$train}" "${TRAJECTORY:=}" "${TEXT:=minilm}" "${VISUAL:=ddae}" "${SCORE:=gaussian}" "${INTERVAL:=auto}" "${JUDGE:=scratch pixels}"
 data=data/$NAME out=${OUT:-runs/$NAME${MODEL:+-${MODEL//\//_}}${PROCESS:+-$PROCESS}}
 budgets=()                                                            # what pruning keeps; digits: as much as D2C, so that one random row serves both
 for k in $KEEP; do budgets+=("--keep $k"); done
 [ -n "$KEEP" ] || budgets=("--per-class $PER_CLASS")
 wants() { case " $RUNS " in *" $1 "*) return 0 ;; esac; return 1; }
-stage() { echo "--- $*"; "$py" "$@"; }
+stage() { [ -n "$dry" ] || { echo "--- $*"; "$py" "$@"; }; }
 heavy() {                                                            # the stages that torchrun spreads over NPROC processes
+    [ -z "$dry" ] || return 0
     if [ "$NPROC" -gt 1 ]; then echo "--- $*"; "$py" -m torch.distributed.run --standalone --nproc_per_node "$NPROC" -- "$@"; else stage "$@"; fi
 }
 train_sample() {                                                     # train_sample RUN [flags of train.py]: train, then draw from its EMA
     local run=$1; shift
-    heavy train.py --data "$data" ${preset[@]+"${preset[@]}"} --steps "$STEPS" --seed "$seed" --device "$DEVICE" ${MODEL:+--model "$MODEL"} ${PROCESS:+--process "$PROCESS"} "$@" --out "$run"
+    if [ -n "$dry" ]; then planned+=("$run"); return; fi
+    heavy train.py --data "$data" ${preset[@]+"${preset[@]}"} --steps "$STEPS" --seed "$seed" --device "$DEVICE" ${MODEL:+--model "$MODEL"} ${PROCESS:+--process "$PROCESS"} $TRAIN "$@" --out "$run"
     local again=; if [ -e "$run/samples.npy" ] && [ "$run/last.pt" -nt "$run/samples.npy" ]; then again=--overwrite; fi
     heavy sample.py --checkpoint "$run/last.pt" --num "$NUM_SAMPLES" $SAMPLER --seed "$seed" --device "$DEVICE" --out "$run" $again
     measured+=("$run")
+    if [ -n "${QUICK:-}" ] && [ ${#measured[@]} -lt ${#planned[@]} ]; then judge >/dev/null && echo "report so far: $out/report/report.md"; fi
+}
+judge() {                                                            # measure and compare the runs that there are; what has been measured is skipped
+    local judge=(--data "$data" --device "$DEVICE" --runs "${measured[@]}") interval=                   # none of the judges selected or was aligned to
+    [ -z "${JUDGE_WEIGHTS:-}" ] || judge+=(--encoder-weights "$JUDGE_WEIGHTS")
+    [ -z "${REFERENCE:-}" ] || judge+=(--reference-stats "$REFERENCE")
+    [ "$REPORT" != full ] || interval="--bootstrap 20"
+    heavy evaluate.py "${judge[@]}" --encoder $JUDGE $interval          # the first encoder is the table's
+    if [ -n "$TRAJECTORY" ] && [ ${#measured[@]} -eq ${#planned[@]} ]; then
+        local num=(); [ "$TRAJECTORY" = all ] || num=(--trajectory-num "$TRAJECTORY")
+        heavy evaluate.py "${judge[@]}" --encoder ${JUDGE%% *} --trajectory ${num[@]+"${num[@]}"}
+    fi
+    local beside=() other
+    for other in runs/*/report/report.json; do [ ! -e "$other" ] || [ "$other" -ef "$out/report/report.json" ] || beside+=("$other"); done
+    stage report.py "${measured[@]}" ${beside[@]+--beside "${beside[@]}"} --out "$out/report"
+}
+announce() {                                                         # what will be done; and, once the first steps have shown the pace, for how long
+    echo "${#planned[@]} trainings of $STEPS steps, $NUM_SAMPLES samples each, judged by $JUDGE; in this order: ${planned[*]##*/}"
+    "$py" - "$STEPS" "${planned[@]}" <<'EOF' &
+import json, pathlib, shutil, sys, time
+steps, files = int(sys.argv[1]), [pathlib.Path(run, "stats.jsonl") for run in sys.argv[2:]]
+rows = lambda f: [json.loads(x) for x in f.read_text().splitlines() if x.endswith("}")] if f.exists() else []
+while not (pace := [r[-1]["seconds"] / r[-1]["step"] for f in files if (r := rows(f))]):
+    time.sleep(1)
+left = sum(steps - min(steps, r[-1]["step"] if (r := rows(f)) else 0) for f in files)
+if left:
+    disk = shutil.disk_usage(files[0].parent)
+    print(f"\nall trainings together: about {pace[-1] * left / 60:,.0f} more minutes at the pace of the first steps, sampling and judging not counted; {disk.free / 1e9:,.0f} GB of disk are free", flush=True)
+EOF
+    trap "kill $! 2>/dev/null || true" EXIT
 }
 
 # ------------------------------------------------------------------ one output folder, one set of sizes
 mkdir -p "$out"
-for size in STEPS NUM_SAMPLES SAMPLER; do                            # another size would leave half of the runs at the old one
+for size in STEPS NUM_SAMPLES SAMPLER TRAIN; do                            # another size would leave half of the runs at the old one
     now=$size=${!size} old=$(grep "^$size=" "$out/sizes.txt" 2>/dev/null || true)
     [ -n "$old" ] || echo "$now" >>"$out/sizes.txt"
     [ "${old:-$now}" = "$now" ] || { echo "run_all.sh: error: $out was made with $old, now $now; use OUT=another folder" >&2; exit 2; }
 done
-measured=()
+measured=() planned=() dry=
 
 # ------------------------------------------------------------------ ImageNet 256 as the D2C paper has it (Huang et al. 2025, section 4; methods of scoring and attaching: README)
 # Disk: latents 21 GB, about 36 GB a run (last.pt 11, four EMAs 11, visual tokens 4, samples 10). GPU time, the paper's: scoring 2.1 h, training 7.4 h a run. Choices: SCORER (DiT-XL-2-256x256.pt of the DiT repository),
@@ -90,7 +131,8 @@ measured=()
 imagenet() {
     : "${VAE:=stabilityai/sd-vae-ft-ema}" "${OFFICIAL=dit}" "${SCORER:?run_all.sh: imagenet needs SCORER=DiT-XL-2-256x256.pt, the diffusion model that scores}" \
       "${REFERENCE:?run_all.sh: imagenet needs REFERENCE=VIRTUAL_imagenet256_labeled.npz, the statistics that the judge compares with}"
-    heavy data.py "$images" --size "${IMAGE_SIZE:=256}" --vae "$VAE" --latents-only --batch-size $((64 * NPROC)) --device "$DEVICE" --out "$data"
+    : "${IMAGE_SIZE:=256}"
+    heavy data.py "$images" --size "$IMAGE_SIZE" --vae "$VAE" --latents-only --batch-size $((64 * NPROC)) --device "$DEVICE" --out "$data"
     for seed in $SEEDS; do
         tail=; [ "$seed" = "${SEEDS%% *}" ] || tail=-seed$seed
         heavy attach.py --data "$data" --reference "$SCORER" ${OFFICIAL:+--official "$OFFICIAL"} --per-class "$PER_CLASS" --interval "$INTERVAL" --text none --visual none --judge none \
@@ -110,10 +152,6 @@ imagenet() {
 
 # ------------------------------------------------------------------ the runs: each comparison changes one thing
 compare() {
-    stage data.py "${source[@]}" --out "$data"
-    if [ "$(wc -l <"$data/classes.txt")" -eq 1 ]; then                   # one class: nothing to weigh, and no classifier to train
-        RUNS=${RUNS/pruned-dro/} JUDGE=pixels one_class=(--judge pixels)
-    fi
     for seed in $SEEDS; do
         tail=; [ "$seed" = "${SEEDS%% *}" ] || tail=-seed$seed
         full=$out/full$tail reference=$out/full$tail/last.pt             # always: it is the reference of all that follows
@@ -128,10 +166,17 @@ compare() {
             fi
             if wants pruned || wants pruned-dro || wants pruned-dro-resample; then
                 heavy prune.py --data "$data" "${surrogate[@]}" \
-                    --score "$SCORE" $b --seed "$seed" --device "$DEVICE" --out "$out/pruned$size$tail/prune"
+                    --score "${SCORE%% *}" $b --seed "$seed" --device "$DEVICE" --out "$out/pruned$size$tail/prune"
                 keep=$out/pruned$size$tail/prune/keep.npy
             fi
-            if wants pruned; then train_sample "$out/pruned$size$tail" --indices "$keep"; fi
+            if wants pruned; then
+                train_sample "$out/pruned$size$tail" --indices "$keep"
+                for other in ${SCORE#"${SCORE%% *}"}; do                 # other scores of the same features
+                    run=$out/pruned-$other$size$tail
+                    stage prune.py --data "$data" --features "$out/pruned$size$tail/prune/features.npy" --score "$other" $b --seed "$seed" --out "$run/prune"
+                    train_sample "$run" --indices "$run/prune/keep.npy"
+                done
+            fi
             if wants pruned-dro || wants pruned-dro-resample; then
                 heavy reweight.py --data "$data" --indices "$keep" --reference "$reference" $DRO --seed "$seed" --device "$DEVICE" --out "$out/pruned-dro$size$tail/reweight"
                 dro=(--indices "$keep" --weights "$out/pruned-dro$size$tail/reweight/weights.npy")
@@ -158,13 +203,16 @@ compare() {
         if wants d2c-select-attach; then train_sample "$out/d2c-select-attach$tail" --attach "$out/d2c-select-attach$tail/attach"; fi
     done
 }
-if [ "$what" = imagenet ]; then imagenet; else compare; fi
-
-# ------------------------------------------------------------------ judge and compare
-judge=(--data "$data" --device "$DEVICE" --runs "${measured[@]}")      # the first encoder is the table's; none of them selected or was aligned to
-[ -z "${JUDGE_WEIGHTS:-}" ] || judge+=(--encoder-weights "$JUDGE_WEIGHTS")
-[ -z "${REFERENCE:-}" ] || judge+=(--reference-stats "$REFERENCE")
-interval=; [ "$REPORT" != full ] || interval="--bootstrap 20"
-heavy evaluate.py "${judge[@]}" --encoder $JUDGE $interval
-[ "$REPORT" != full ] || heavy evaluate.py "${judge[@]}" --encoder ${JUDGE%% *} --trajectory
-stage report.py "${measured[@]}" --out "$out/report"
+if [ "$what" = imagenet ]; then
+    todo=imagenet
+else
+    todo=compare
+    stage data.py "${source[@]}" --out "$data"
+    if [ "$(wc -l <"$data/classes.txt")" -eq 1 ]; then                   # one class: nothing to weigh, and no classifier to train
+        RUNS=${RUNS/pruned-dro/} JUDGE=pixels one_class=(--judge pixels)
+    fi
+fi
+dry=1; $todo; dry=                                                    # once without doing anything, to know what is planned
+announce
+$todo
+judge
