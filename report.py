@@ -3,7 +3,8 @@
 Runs that differ only in `-seedN` at the end of their folder's name are one row, with mean and standard deviation. A difference counts when it lies
 outside the 95 % interval of no difference (Welch's t over seeds); with one seed nothing is claimed beyond "higher" or "lower".
 
-Reads   RUN/metrics.json, train.args.json, samples.npy, nearest.png, trajectory.json where there is one, and the *.args.json of the stages before
+Reads   RUN/metrics.json, train.args.json, samples.npy, nearest.png, trajectory.json where there is one, and the *.args.json of the stages before;
+        --beside: report.json of other data sets or networks, for the fifth question
 Writes  OUT/report.md, report.json, frontier.png, per_class.png, samples.png, nearest.png
 
     python report.py runs/digits/full runs/digits/random --out runs/digits/report
@@ -24,6 +25,7 @@ import common
 FULL, RANDOM, RANDOM_ATTACH, SELECT, D2C = "full", "random", "random-attach", "d2c-select", "d2c-select-attach"
 PRUNED, DRO, DRO_RESAMPLE = "pruned", "pruned-dro", "pruned-dro-resample"
 D2C_RANDOM = "d2c-random"                                             # where D2C keeps another number of images than pruning
+TITLES = {PRUNED: "Pruning", DRO: "Pruning + DRO weights", DRO_RESAMPLE: "Pruning + DRO resampling", SELECT: "D2C Select", D2C: "D2C Select + Attach"}
 
 
 # ---------------------------------------------------------------------------------------------- reading
@@ -337,6 +339,13 @@ def family(name):
     return re.sub(r"-(\d+\.?\d*|\.\d+)$", "", name)
 
 
+def title(run):
+    """'Pruning (moderate) 0.4' for 'pruned-moderate-0.4', None for a run that no selection made."""
+    name = family(run)
+    score = name[len(PRUNED) + 1:] if name.startswith(PRUNED + "-") and name not in TITLES else ""          # a second score, by its name
+    return TITLES[PRUNED if score else name] + (f" ({score})" if score else "") + run[len(name):].replace("-", " ") if score or name in TITLES else None
+
+
 def versus(t, run, rival, who, whom, what="FD", key="fd"):
     """compare() on two rows of the table; the sentence says so when they did not train for the same number of steps."""
     a, b = t[run], t[rival]
@@ -352,11 +361,9 @@ def rival_of(t, run, families=(RANDOM, D2C_RANDOM)):
 def answer_random(t):
     """Is it better than random?"""
     out = []
-    titles = {PRUNED: "Pruning", DRO: "Pruning + DRO weights", DRO_RESAMPLE: "Pruning + DRO resampling",
-              SELECT: "D2C Select", D2C: "D2C Select + Attach"}
     for run in t:
-        if family(run) in titles and (rival := rival_of(t, run)):
-            out.append(versus(t, run, rival, titles[family(run)] + run[len(family(run)):].replace("-", " "), rival))
+        if title(run) and (rival := rival_of(t, run)):
+            out.append(versus(t, run, rival, title(run), rival))
     for run in t:                                                     # DRO is meant for the worst class
         for mine, other, who, whom in ((DRO, PRUNED, "DRO reweighting", "the same images unweighted"),
                                        (DRO_RESAMPLE, PRUNED, "DRO resampling", "the same images unweighted"),
@@ -431,10 +438,43 @@ def answer_cost(t, reached):
     return out
 
 
-def answer_elsewhere(t, train):
-    """Does it hold on another model or data set?"""
-    return [f"This report is {train['args']['model']} ({train['args']['process']}) on {train['data']}; read it beside that of another data set "
-            "or network: MODEL=unet-tiny bash run_all.sh writes one"]
+def answer_elsewhere(t, about, others):
+    """Does it hold on another model or data set? others: {what it is: its table}. Distances of different judges do not compare, their order does."""
+    if not others:
+        return [f"This report is {about}; run_all.sh puts the others that it finds beside it (MODEL=unet-tiny bash run_all.sh makes one)"]
+    from scipy.stats import spearmanr
+    out = []
+    for run in t:
+        if not (who := title(run) or (run == RANDOM_ATTACH and "Attach on random images")) or not rival_of(t, run):
+            continue
+        said = [against_random(t, run, "here")] + [against_random(o, run, name) for name, o in others.items() if run in o and rival_of(o, run)]
+        if len(said) > 1:
+            out.append(f"{who}, FD against random: " + "; ".join(said))
+    for name, o in others.items():
+        both = [run for run in t if run in o]
+        if len(both) > 2:
+            rho = spearmanr([mean(t[run]["fd"]) for run in both], [mean(o[run]["fd"]) for run in both]).statistic
+            out.append(f"Order of the {len(both)} rows in common with {name}: rank correlation {rho:.2f}")
+    return out
+
+
+def against_random(t, run, where):
+    """'+12 % here (within the spread, n=3)'."""
+    rel, _, n, counts = difference(t[run]["fd"], t[rival_of(t, run)]["fd"])
+    return f"{'+' if rel >= 0 else '-'}{percent(abs(rel))} {where} ({f'n={n}' if counts else f'within the spread, n={n}' if n > 1 else 'one seed'})"
+
+
+def read_beside(files):
+    """{what it is: its table} of the reports of other data sets and networks."""
+    out = {}
+    for file in files:
+        made = common.load_json(file, "a report.json of report.py", rows=dict, about=str)
+        for name, row in made["rows"].items():
+            common.check_kinds(file, f"row {name}", row, fd=list, kept=list)
+            if not row["fd"] or not all(isinstance(v, (int, float)) for v in row["fd"]):
+                raise common.UserError(f"{file}: row {name}: fd is no list of numbers; make that report again")
+        out[f"{made['about']} [{Path(file).parent.parent.name}]"] = made["rows"]
+    return out
 
 
 def reach(runs, goal, within=0.05):
@@ -647,15 +687,20 @@ def warnings(runs, judge):
     return lines
 
 
-def answers(runs, t, reached):
-    train = {**runs[0].train, "data": runs[0].metrics["data"]}
+def about(runs):
+    """'SiT-T/2 (flow) on digits, 800 steps of 128'."""
+    a, r = runs[0].train["args"], runs[0]
+    return f"{a['model']} ({a['process']}) on {r.metrics['data']}, {r.train['images_seen'] // a['batch_size']:,} steps of {a['batch_size']}"
+
+
+def answers(runs, t, reached, others):
     lines = ["## The five questions", ""]
     for k, (question, said) in enumerate((
             ("Is it better than random?", answer_random(t)),
             ("Is the gain from selection or from attachments?", answer_source(t)),
             ("Is it memorising?", answer_memorising(t)),
             ("What does preparation cost, and when is the full run's quality reached?", answer_cost(t, reached)),
-            ("Does it hold on another model or data set?", answer_elsewhere(t, train))), 1):
+            ("Does it hold on another model or data set?", answer_elsewhere(t, about(runs), others))), 1):
         lines += [f"{k}. **{question}**" + ("" if said else " The runs that would answer it are not here.")]
         lines += [*(f"   - {answer}." for answer in said), ""]
     return lines
@@ -682,19 +727,20 @@ def protocol(r, e):
             "Versions: " + ", ".join(f"{k} {v}" for k, v in r.metrics["provenance"].items()) + ".", ""]
 
 
-def page(runs, t, judge, reached, pictures, notes=()):
+def page(runs, t, judge, reached, pictures, notes=(), others=None):
     r0 = runs[0]
     e = r0.metrics["encoders"][judge]
     shown = ["## Pictures", ""] + [f"![{caption}]({name})\n\n*{caption}*\n" for name, caption in pictures]
     remarks = [f"> **Note.** {note[0].upper() + note[1:]}.\n" for note in notes]
     return "\n".join([*heading(t, e, r0.metrics["data"]), *main_table(t), *yardstick(e, r0.name), *legend(t, e, r0.name), *remarks,
-                      *warnings(runs, judge), *answers(runs, t, reached), *costs(runs), *shown, *protocol(r0, e)])
+                      *warnings(runs, judge), *answers(runs, t, reached, others), *costs(runs), *shown, *protocol(r0, e)])
 
 
 def parse_args(argv=None):
     p = common.Parser(__doc__)
     p.add_argument("runs", nargs="+", metavar="RUN", help="run folders that evaluate.py has measured, the full run first")
     p.add_argument("--out", required=True, help="folder of the report")
+    p.add_argument("--beside", nargs="+", default=[], metavar="FILE", help="report.json of other data sets or networks, to compare the order of the runs with")
     p.add_argument("--encoder", help="judge of the table; default: the first under which the first run was measured")
     return p.parse_args(argv)
 
@@ -708,6 +754,7 @@ def main(argv=None):
     if same := next((r for r in a.runs if Path(r).resolve() == out.resolve()), None):
         raise common.UserError(f"{out}: is the run {same}, whose nearest.png the report's would replace; choose another --out")
     runs = [read_run(r) for r in a.runs]
+    others = read_beside(a.beside)
     judge = a.encoder or next(iter(runs[0].metrics["encoders"]))
     notes = comparable(runs, judge)
     notes += use_trajectories(runs, judge)
@@ -724,9 +771,9 @@ def main(argv=None):
         pictures.append(("per_class.png", "Distance per class; the black marks are real images"))
     if nearest_sheet(runs, out / "nearest.png"):
         pictures.append(("nearest.png", "The most suspicious samples (upper row) and the nearest image each model has seen (lower row)"))
-    common.save_json(out / "report.json", {"judge": judge, "rows": t, "reached": reached,
+    common.save_json(out / "report.json", {"about": about(runs), "judge": judge, "rows": t, "reached": reached,
                                            "preparation": {r.folder.name: r.preparation for r in runs}})
-    text = page(runs, t, judge, reached, pictures, notes)
+    text = page(runs, t, judge, reached, pictures, notes, others)
     common.save_text(out / "report.md", text)
     common.log("\n".join(line for line in text.splitlines() if line.startswith(("|", "   - ")) or line[:1].isdigit()))
     common.log(f"report: {out / 'report.md'}")

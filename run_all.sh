@@ -97,7 +97,7 @@ judge() {                                                            # measure a
         heavy evaluate.py "${judge[@]}" --encoder ${JUDGE%% *} --trajectory ${num[@]+"${num[@]}"}
     fi
     local beside=() other
-    for other in runs/*/report/report.json; do [ ! -e "$other" ] || [ "$other" -ef "$out/report/report.json" ] || beside+=("$other"); done
+    for other in runs/*/report/report.json; do [ "$other" -ef "$out/report/report.json" ] || ! grep -qs '"about"' "$other" || beside+=("$other"); done
     stage report.py "${measured[@]}" ${beside[@]+--beside "${beside[@]}"} --out "$out/report"
 }
 announce() {                                                         # what will be done; and, once the first steps have shown the pace, for how long

@@ -413,3 +413,41 @@ def test_seconds_count_every_process():
     """Wall time of 8 processes is 8 times as dear; an old record without the number counts as one, an unknown figure stays unknown."""
     assert report.device_seconds({"provenance": {"processes": 8}}, 2.5) == 20.0 and report.device_seconds({"provenance": {}}, 2.5) == 2.5
     assert report.device_seconds(None, 2.5) == 2.5 and report.device_seconds({"provenance": {"processes": 8}}, None) is None
+
+
+def test_titles_of_runs():
+    assert report.title("pruned-0.4") == "Pruning 0.4" and report.title("pruned-moderate-0.4") == "Pruning (moderate) 0.4" and report.title("pruned-moderate") == "Pruning (moderate)"
+    assert report.title("pruned-dro-0.1") == "Pruning + DRO weights 0.1" and report.title("random-0.4") is None and report.title("full") is None
+
+
+def test_the_fifth_question_is_answered_by_other_reports(tmp_path, capsys):
+    """The same four runs under two networks, worked out by hand; a row that only one of them has is left out of the order."""
+    fds = {"a": dict(full=0.3, random=0.5, pruned=1.0, **{"d2c-select": 0.4}), "b": dict(full=0.2, random=0.6, pruned=0.9, **{"d2c-select": 0.9001, "random-attach": 0.3})}
+    for name, rows in fds.items():
+        runs = [str(make_run(tmp_path / name / run, fd=fd, kept=1500 if run == "full" else 150, train_args={"model": f"net-{name}"}.items())) for run, fd in rows.items()]
+        beside = ["--beside", str(tmp_path / "a/report/report.json")] if name == "b" else []
+        report.main([*runs, "--out", str(tmp_path / name / "report"), *beside])
+    one, two = ((tmp_path / f"{name}/report/report.md").read_text(encoding="utf-8") for name in "ab")
+    assert "run_all.sh puts the others" in one and "run_all.sh puts the others" not in two
+    where = "net-a (flow) on digits, 700 steps of 128 [a]"
+    assert f"Pruning, FD against random: +50 % here (one seed); +100 % {where} (one seed)." in two
+    assert f"D2C Select, FD against random: +50 % here (one seed); -20 % {where} (one seed)." in two
+    assert "Attach on random images, FD" not in two                   # the other report has no such row
+    assert f"Order of the 4 rows in common with {where}: rank correlation 0.40." in two             # ranks 1 2 3 4 and 1 3 4 2 (full, select, random, pruned): d^2 = 6
+    for text, word in (("{}", "rows"), ('{"rows": {"full": {"fd": [], "kept": [1]}}, "about": "x"}', "row full"), ("not json", "report.json"), (None, "no such file")):
+        (tmp_path / "a/report/report.json").unlink()
+        if text is not None:
+            (tmp_path / "a/report/report.json").write_text(text)
+        else:
+            (tmp_path / "a/report/report.json").unlink(missing_ok=True)
+        with pytest.raises(SystemExit) as stop:
+            report.main([str(tmp_path / "b/full"), "--out", str(tmp_path / "c"), "--beside", str(tmp_path / "a/report/report.json")])
+        err = capsys.readouterr().err.strip()
+        assert stop.value.code == 2 and word in err and "report.json" in err and len(err.splitlines()) == 1 and not (tmp_path / "c").exists()
+        (tmp_path / "a/report/report.json").touch()
+
+
+def test_against_random_says_what_counts():
+    t = table(random=dict(fd=[1.0, 0.99, 1.01]), pruned=dict(fd=[1.2, 1.19, 1.21]), d2c_select=dict(fd=[0.9, 1.1, 1.03]))
+    assert report.against_random(t, "pruned", "here") == "+20 % here (n=3)"
+    assert report.against_random(t, "d2c-select", "there") == "+1 % there (within the spread, n=3)"
