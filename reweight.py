@@ -34,11 +34,12 @@ import models
 from models.diffusion import diffusion_loss, sample_latents, to_pixels
 
 OUTPUTS = ("weights.npy", "abar.npy", "history.npy", "excess.npy", "weights.png", "proxy.pt")
-FROM_REFERENCE = ("steps", "batch_size", "lr", "amp", "warmup", "schedule", "grad_clip", "flips")
+FROM_REFERENCE = dict(steps=int, batch_size=int, lr=(int, float), amp=str, warmup=int, schedule=str, grad_clip=(int, float), flips=bool)
 SETTINGS = ("process", "predict", "size", "channels", "num_classes", "class_std", "text_shape", "learn_sigma", "recompute", "latents", "latent_scale", "vae",
             "classes", "data", "data_sha256")
 PUBLISHED = dict(batch_size=256, lr=1e-4, amp="none", warmup=0, schedule="constant", grad_clip=0.0, flips=False)      # of DiT and SiT
 MAX_BAD_STEPS = 20                                                    # non-finite steps in a row before the run stops
+MAX_EXCESS = 100.0                                                    # mean excess loss that only a diverged proxy has
 
 
 # ---------------------------------------------------------------------------------------------- the formulas
@@ -115,6 +116,9 @@ def load_inputs(a):
     counts = np.bincount(d.labels[keep], minlength=d.num_classes)
     if counts.min() == 0:
         raise common.UserError(f"{a.indices or a.data}: class {np.argmin(counts)} keeps no image; keep at least one of each class")
+    if missing := {k for k in FROM_REFERENCE if getattr(a, k, None) is None} - ref.keys():
+        raise common.UserError(f"{a.reference}: does not say with which {min(missing)} it was trained; use a checkpoint that train.py wrote")
+    common.check_kinds(a.reference, "what it was trained with", ref, **{k: v for k, v in FROM_REFERENCE.items() if k in ref})
     for k in FROM_REFERENCE:
         setattr(a, k, ref[k] if getattr(a, k, None) is None else getattr(a, k))
     a.burn_in, a.proxy_model = max(200, a.steps // 10) if a.burn_in is None else a.burn_in, a.proxy_model or ref["model"]
@@ -204,9 +208,11 @@ def train_proxy(a, i, stage, device):
         if main:
             record[step] = torch.stack([excess, y_all.float()]).cpu().numpy()
         done, spent = step + 1, seconds + time.time() - clock
-        if bad >= MAX_BAD_STEPS:
+        if bad >= MAX_BAD_STEPS or done == a.steps and bad > 2:       # one or two are fp16 finding its scale
             raise common.UserError(f"{stage.out}: {bad} steps in a row had a non-finite loss or gradient, up to {done}; lower --lr, or use --amp bf16 or none")
         bar.update()
+        if (done % a.log_every == 0 or done == a.steps) and excess.nanmean() > MAX_EXCESS:
+            raise common.UserError(f"{stage.out}: the proxy's loss is {excess.nanmean().item():.3g} above the reference's at step {done}: it has diverged; lower --lr")
         if done % a.log_every == 0:
             bar.set_postfix(excess=f"{excess.nanmean().item():.4f}", a_max=f"{log_a.max().exp().item():.3f}", refresh=False)
         if done == start + 20:

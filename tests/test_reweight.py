@@ -310,12 +310,14 @@ def test_warnings(kit, capsys):
     (["--indices", "BAD_INDICES"], "0..59"), (["--indices", "NO_CAT"], "class 2 keeps no image"), (["--reference", "OTHER_DATA"], "other_sha"),
     (["--reference", "OTHER_CLASSES"], "num_classes"), (["--reference", "OTHER_SIZE"], "size"), (["--reference", "OTHER_CHANNELS"], "channels"),
     (["--reference", "NOT_A_CKPT"], "not a checkpoint"), (["--proxy-init", "OTHER_CLASSES"], "does not fit the proxy"),
+    (["--reference", "WORD_FOR_LR"], "'lr' is a str"), (["--reference", "NO_WARMUP"], "does not say with which warmup"),
     (["--proxy-model", "SiT-T/8"], "patch size 8"), (["--out", "A_FILE"], "a file stands")])
 def test_bad_input(kit, flags, says, capsys):
     root, _ = kit
     make = {"BAD_INDICES": lambda p: np.save(p, np.array([0, 99])), "NO_CAT": lambda p: np.save(p, np.arange(40)),
             "OTHER_DATA": lambda p: make_reference(p, None, data_sha256="other_sha"), "OTHER_CLASSES": lambda p: make_reference(p, None, num_classes=4),
             "OTHER_SIZE": lambda p: make_reference(p, None, size=8), "OTHER_CHANNELS": lambda p: make_reference(p, None, channels=3),
+            "WORD_FOR_LR": lambda p: make_reference(p, None, lr="fast"), "NO_WARMUP": lambda p: without(p, "warmup"),
             "NOT_A_CKPT": lambda p: torch.save({"x": 1}, p), "A_FILE": lambda p: p.write_text("")}
     if flags[1] in make:
         path = root / f"{flags[1]}{'.npy' if flags[0] == '--indices' else '.pt'}"
@@ -325,6 +327,22 @@ def test_bad_input(kit, flags, says, capsys):
         run(kit, "refused", *flags)
     err = capsys.readouterr().err
     assert e.value.code == 2 and says in err and err.count("\n") == 1 and not (root / "refused").exists()
+
+
+def without(path, setting):
+    make_reference(path, None)
+    state = torch.load(path, weights_only=True)
+    del state["args"][setting]
+    torch.save(state, path)
+
+
+@pytest.mark.parametrize("lr, says", [(0.3, "it has diverged; lower --lr"), (1e3, "had a non-finite loss or gradient, up to 6; lower --lr")])
+def test_a_proxy_that_diverges_stops(lr, says, kit, capsys):
+    """A loss far beyond that of a network which predicts nothing, finite or not: weights made of it would look like any others."""
+    with pytest.raises(SystemExit) as e:
+        run(kit, f"diverged{lr}", "--lr", lr)
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and says in err and f"diverged{lr}" in err and not (kit[0] / f"diverged{lr}/weights.npy").exists()
 
 
 def test_other_arguments_are_refused_in_a_used_folder(kit, straight, capsys):
