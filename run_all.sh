@@ -84,7 +84,9 @@ train_sample() {                                                     # train_sam
     local again=; if [ -e "$run/samples.npy" ] && [ "$run/last.pt" -nt "$run/samples.npy" ]; then again=--overwrite; fi
     heavy sample.py --checkpoint "$run/last.pt" --num "$NUM_SAMPLES" $SAMPLER --seed "$seed" --device "$DEVICE" --out "$run" $again
     measured+=("$run")
-    if [ -n "${QUICK:-}" ] && [ ${#measured[@]} -lt ${#planned[@]} ]; then judge >/dev/null && echo "report so far: $out/report/report.md"; fi
+    if [ -n "${QUICK:-}" ] && [ ${#measured[@]} -lt ${#planned[@]} ] && [ ! "$run/metrics.json" -nt "$run/samples.npy" ]; then
+        judge >/dev/null; echo "report so far: $out/report/report.md"
+    fi
 }
 judge() {                                                            # measure and compare the runs that there are; what has been measured is skipped
     local judge=(--data "$data" --device "$DEVICE" --runs "${measured[@]}") interval=                   # none of the judges selected or was aligned to

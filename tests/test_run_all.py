@@ -102,3 +102,26 @@ def test_the_imagenet_recipe(copy, tmp_path, real_vae):
     assert len(kept) == 6 and "latents only" in table
     code, again = run_all(copy, "imagenet", str(tmp_path / "train"), **sizes)
     assert code == 0 and again.count("nothing to do") >= 16
+
+
+@pytest.mark.slow
+def test_quick_renews_the_report_and_puts_other_reports_beside_it(copy):
+    sizes = dict(QUICK="1", STEPS="4", NUM_SAMPLES="40", TRAJECTORY="20", TRAIN="--checkpoint-every 2", RUNS="full random pruned", DEVICE="cpu")
+    code, out = run_all(copy, **sizes, SCORE="gaussian moderate", OUT="runs/quick")
+    assert code == 0, out[-3000:]
+    planned = ["full", "random", "pruned", "pruned-moderate"]
+    assert f"4 trainings of 4 steps, 40 samples each, judged by scratch; in this order: {' '.join(planned)}" in out and "more minutes at the pace of the first steps" in out
+    assert out.count("report so far") == 3 and [out.index(f"--- train.py --data data/digits --preset digits --steps 4 --seed 0 --device cpu --checkpoint-every 2{rest}")
+                                                for rest in (" --out runs/quick/full", " --indices runs/quick/random", " --indices runs/quick/pruned/", " --indices runs/quick/pruned-mod")]
+    for run in planned:
+        points = json.loads((copy / f"runs/quick/{run}/trajectory.json").read_text())["points"]
+        assert [(p["step"], p["n"]) for p in points] == [(2, 20), (4, 20)]
+    record = json.loads((copy / "runs/quick/pruned-moderate/prune/prune.args.json").read_text())
+    assert record["args"]["score"] == "moderate" and record["args"]["features"].endswith("pruned/prune/features.npy")          # encoded once
+    assert "| pruned-moderate |" in (copy / "runs/quick/report/report.md").read_text(encoding="utf-8")
+    code, out = run_all(copy, **sizes | {"STEPS": "2"}, OUT="runs/other")
+    assert code == 0, out[-3000:]
+    assert "Order of the 3 rows in common with SiT-T/2 (flow) on digits, 4 steps of 128 [quick]: rank correlation" in (copy / "runs/other/report/report.md").read_text(encoding="utf-8")
+    code, out = run_all(copy, **sizes, SCORE="gaussian moderate", OUT="runs/quick")             # again: nothing to do, and no report of fewer runs in between
+    assert code == 0 and out.count("nothing to do") >= 12 and "report so far" not in out
+    assert "| pruned-moderate |" in (copy / "runs/quick/report/report.md").read_text(encoding="utf-8")
