@@ -173,8 +173,8 @@ for missing in (1, 4000, 5 * 10**5):
         print(e.code)
 """
     (tmp_path / "out").mkdir()
-    (tmp_path / "code.py").write_text(code)
-    p = subprocess.run([sys.executable, tmp_path / "code.py"], cwd=tmp_path / "out", capture_output=True, text=True, timeout=60)
+    (tmp_path / "writes_all.py").write_text(code)
+    p = subprocess.run([sys.executable, tmp_path / "writes_all.py"], cwd=tmp_path / "out", capture_output=True, text=True, timeout=60)
     assert p.stdout == "2\n2\n2\n" and p.stderr.count("run the same command again") == 3 and "Traceback" not in p.stderr, p.stdout + p.stderr
     assert np.array_equal(np.load(tmp_path / "out/good.npy"), np.arange(10**5)) and [f.name for f in (tmp_path / "out").iterdir()] == ["good.npy"]
 
