@@ -108,9 +108,10 @@ class Preparation:
 
     def pruned(self, made, here, features):
         args, extracted, scored = made["args"], made.get("seconds_features") or 0, made.get("seconds_scores") or 0
+        looked = args.get("score") not in (None, "random", "el2n", "ccs")           # these look at no features (el2n trains its own network)
         if features:
             scored = 0
-        elif args.get("features"):                                    # its seconds_features are those of the file, where it knew them
+        elif args.get("features") and looked:                                    # its seconds_features are those of the file, where it knew them
             if extracted and not record_of(Path(args["features"]).parent, "prune"):
                 self.need(args["features"])
             else:
@@ -119,7 +120,6 @@ class Preparation:
         if args.get("scores") and not features:
             self.follow(args["scores"], "scores")
         self.add("features and scores", extracted + scored or (0 if features or args.get("features") else made["seconds"]), (here, "prune"))
-        looked = args.get("score") not in (None, "random", "el2n", "ccs")           # these look at no surrogate (el2n trains its own)
         if looked and not args.get("features"):
             self.encoder(args.get("surrogate"), args.get("weights"), "surrogate network")
 
@@ -336,7 +336,7 @@ def compare(a, b, who, whom, what="FD", at="at equal steps"):
 
 def family(name):
     """'pruned' for 'pruned-0.4': the run's name without its budget."""
-    return re.sub(r"-(\d+\.?\d*|\.\d+)$", "", name)
+    return re.sub(r"-(\d+\.?\d*|\.\d+)(e-?\d+)?$", "", name)
 
 
 def title(run):
@@ -438,42 +438,50 @@ def answer_cost(t, reached):
     return out
 
 
-def answer_elsewhere(t, about, others):
-    """Does it hold on another model or data set? others: {what it is: its table}. Distances of different judges do not compare, their order does."""
+def answer_elsewhere(t, setting, others):
+    """Does it hold on another model or data set? others: {what it is: its table}. Distances of different judges and budgets do not compare; how much a
+    run lies above the random row of its own size does, roughly, and so does the order of these figures."""
     if not others:
-        return [f"This report is {about}; run_all.sh puts the others that it finds beside it (MODEL=unet-tiny bash run_all.sh makes one)"]
+        return [f"This report is {setting}; run_all.sh puts those of other networks and data sets beside it (MODEL=unet-tiny bash run_all.sh makes one)"]
     from scipy.stats import spearmanr
-    out = []
-    for run in t:
-        if not (who := title(run) or (run == RANDOM_ATTACH and "Attach on random images")) or not rival_of(t, run):
-            continue
-        said = [against_random(t, run, "here")] + [against_random(o, run, name) for name, o in others.items() if run in o and rival_of(o, run)]
+    out, mine = [], above_random(t)
+    theirs = {name: above_random(o) for name, o in others.items()}
+    for run, (who, rel, counts) in mine.items():
+        said = [f"{rel:+.0%} here{counts}"] + [f"{o[run][1]:+.0%} with {name}{o[run][2]}" for name, o in theirs.items() if run in o]
         if len(said) > 1:
-            out.append(f"{who}, FD against random: " + "; ".join(said))
-    for name, o in others.items():
-        both = [run for run in t if run in o]
-        if len(both) > 2:
-            rho = spearmanr([mean(t[run]["fd"]) for run in both], [mean(o[run]["fd"]) for run in both]).statistic
-            out.append(f"Order of the {len(both)} rows in common with {name}: rank correlation {rho:.2f}")
+            out.append(f"{who}, FD against random: " + "; ".join(said).replace("%", " %"))
+    for name, o in theirs.items():
+        both = [run for run in mine if run in o]
+        a, b = ([rows[run][1] for run in both] for rows in (mine, o))
+        if len(both) > 3 and len(set(a)) > 1 and len(set(b)) > 1:         # three are in some order anyway; a constant has none
+            out.append(f"Order of these {len(both)} runs here and with {name}: rank correlation {spearmanr(a, b).statistic:.2f}")
     return out
 
 
-def against_random(t, run, where):
-    """'+12 % here (within the spread, n=3)'."""
-    rel, _, n, counts = difference(t[run]["fd"], t[rival_of(t, run)]["fd"])
-    return f"{'+' if rel >= 0 else '-'}{percent(abs(rel))} {where} ({f'n={n}' if counts else f'within the spread, n={n}' if n > 1 else 'one seed'})"
+def above_random(t):
+    """{run: (title, FD relative to the random row of its size and steps - 1, ' (n=3)' or what keeps it from counting)} of all selected or attached runs."""
+    out = {}
+    for run in t:
+        who, rival = title(run) or (run == RANDOM_ATTACH and "Attach on random images"), rival_of(t, run)
+        if who and rival and set(t[run]["steps"]) == set(t[rival]["steps"]):
+            rel, _, n, counts = difference(t[run]["fd"], t[rival]["fd"])
+            out[run] = who, rel, f" ({f'n={n}' if counts else f'within the spread, n={n}' if n > 1 else 'one seed'})"
+    return out
 
 
-def read_beside(files):
-    """{what it is: its table} of the reports of other data sets and networks."""
+def read_beside(files, own):
+    """{what it is: its table} of the reports of other data sets and networks; `own` is the setting of this one, of which more would say nothing new."""
     out = {}
     for file in files:
-        made = common.load_json(file, "a report.json of report.py", rows=dict, about=str)
+        made = common.load_json(file, "a report.json of report.py", rows=dict, about=str, judge=str, setting=list)
+        if made["setting"] == own:
+            common.log(f"{file}: the same network and data set as here, so no answer to whether it holds elsewhere; left out")
+            continue
         for name, row in made["rows"].items():
-            common.check_kinds(file, f"row {name}", row, fd=list, kept=list)
+            common.check_kinds(file, f"row {name}", row, fd=list, kept=list, steps=list)
             if not row["fd"] or not all(isinstance(v, (int, float)) for v in row["fd"]):
                 raise common.UserError(f"{file}: row {name}: fd is no list of numbers; make that report again")
-        out[f"{made['about']} [{Path(file).parent.parent.name}]"] = made["rows"]
+        out[f"{made['about']}, {made['judge']} [{Path(file).resolve().parent.parent.name}]"] = made["rows"]
     return out
 
 
@@ -689,8 +697,14 @@ def warnings(runs, judge):
 
 def about(runs):
     """'SiT-T/2 (flow) on digits, 800 steps of 128'."""
-    a, r = runs[0].train["args"], runs[0]
-    return f"{a['model']} ({a['process']}) on {r.metrics['data']}, {r.train['images_seen'] // a['batch_size']:,} steps of {a['batch_size']}"
+    a, (model, process, data) = runs[0].train["args"], setting_of(runs)
+    return f"{model} ({process}) on {data}, {runs[0].train['images_seen'] // a['batch_size']:,} steps of {a['batch_size']}"
+
+
+def setting_of(runs):
+    """[network, process, data set]."""
+    a = runs[0].train["args"]
+    return [a["model"], a["process"], runs[0].metrics["data"]]
 
 
 def answers(runs, t, reached, others):
@@ -751,10 +765,12 @@ def main(argv=None):
     a = parse_args(argv)
     out = Path(a.out)
     common.free_for_output(out)
+    if twice := next((r for k, r in enumerate(a.runs) if Path(r).resolve() in [Path(x).resolve() for x in a.runs[:k]]), None):
+        raise common.UserError(f"{twice}: is named twice, and would count as two seeds; name each run once")
     if same := next((r for r in a.runs if Path(r).resolve() == out.resolve()), None):
         raise common.UserError(f"{out}: is the run {same}, whose nearest.png the report's would replace; choose another --out")
     runs = [read_run(r) for r in a.runs]
-    others = read_beside(a.beside)
+    others = read_beside(a.beside, setting_of(runs))
     judge = a.encoder or next(iter(runs[0].metrics["encoders"]))
     notes = comparable(runs, judge)
     notes += use_trajectories(runs, judge)
@@ -771,7 +787,7 @@ def main(argv=None):
         pictures.append(("per_class.png", "Distance per class; the black marks are real images"))
     if nearest_sheet(runs, out / "nearest.png"):
         pictures.append(("nearest.png", "The most suspicious samples (upper row) and the nearest image each model has seen (lower row)"))
-    common.save_json(out / "report.json", {"about": about(runs), "judge": judge, "rows": t, "reached": reached,
+    common.save_json(out / "report.json", {"about": about(runs), "setting": setting_of(runs), "judge": judge, "rows": t, "reached": reached,
                                            "preparation": {r.folder.name: r.preparation for r in runs}})
     text = page(runs, t, judge, reached, pictures, notes, others)
     common.save_text(out / "report.md", text)

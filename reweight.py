@@ -119,6 +119,9 @@ def load_inputs(a):
     if missing := {k for k in FROM_REFERENCE if getattr(a, k, None) is None} - ref.keys():
         raise common.UserError(f"{a.reference}: does not say with which {min(missing)} it was trained; use a checkpoint that train.py wrote")
     common.check_kinds(a.reference, "what it was trained with", ref, **{k: v for k, v in FROM_REFERENCE.items() if k in ref})
+    for k, known in (("amp", common.AMP), ("schedule", ("constant", "cosine"))):
+        if ref.get(k) not in (None, *known):
+            raise common.UserError(f"{a.reference}: was trained with {k} = {ref[k]!r}, which is none of {', '.join(known)}; use a checkpoint that train.py wrote")
     for k in FROM_REFERENCE:
         setattr(a, k, ref[k] if getattr(a, k, None) is None else getattr(a, k))
     a.burn_in, a.proxy_model = max(200, a.steps // 10) if a.burn_in is None else a.burn_in, a.proxy_model or ref["model"]
@@ -211,7 +214,7 @@ def train_proxy(a, i, stage, device):
         if bad >= MAX_BAD_STEPS or done == a.steps and bad > 2:       # one or two are fp16 finding its scale
             raise common.UserError(f"{stage.out}: {bad} steps in a row had a non-finite loss or gradient, up to {done}; lower --lr, or use --amp bf16 or none")
         bar.update()
-        if (done % a.log_every == 0 or done == a.steps) and excess.nanmean() > MAX_EXCESS:
+        if done % a.log_every == 0 and excess.nanmean() > MAX_EXCESS or done == a.steps and not excess.nanmean() <= MAX_EXCESS:
             raise common.UserError(f"{stage.out}: the proxy's loss is {excess.nanmean().item():.3g} above the reference's at step {done}: it has diverged; lower --lr")
         if done % a.log_every == 0:
             bar.set_postfix(excess=f"{excess.nanmean().item():.4f}", a_max=f"{log_a.max().exp().item():.3f}", refresh=False)

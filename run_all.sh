@@ -15,14 +15,28 @@
 set -euo pipefail
 export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-1000}                      # idle CPU threads sleep at once: on a busy machine they would spin for ages
 what=${1:-digits}
+refuse() { echo "run_all.sh: error: $*" >&2; exit 2; }
 case "$what" in
 digits|cifar10|test) ;;
-imagenet) [ -d "${2:-}" ] || { echo "run_all.sh: error: imagenet needs the folder of its training images, a sub-folder per class: bash run_all.sh imagenet FOLDER" >&2; exit 2; }
+imagenet) [ -d "${2:-}" ] || refuse "imagenet needs the folder of its training images, a sub-folder per class: bash run_all.sh imagenet FOLDER"
+    [ -n "${SCORER:-}" ] || refuse "imagenet needs SCORER=DiT-XL-2-256x256.pt, the diffusion model that scores"
+    [ -n "${REFERENCE:-}" ] || refuse "imagenet needs REFERENCE=VIRTUAL_imagenet256_labeled.npz, the statistics that the judge compares with"
+    [ -z "${QUICK:-}" ] || refuse "QUICK is for data sets of pixels; for a short imagenet set STEPS and RUNS"
     images=$(realpath "$2") ;;
-*)  [ -e "$what" ] || { echo "run_all.sh: error: $what: neither digits, cifar10 nor test, and no such folder or file" >&2; exit 2; }
+*)  [ -e "$what" ] || refuse "$what: neither digits, cifar10 nor test, and no such folder or file"
     what=$(realpath "$what") ;;
 esac
-for path in ROOT SURROGATE_WEIGHTS SCORER VISUAL_WEIGHTS JUDGE_WEIGHTS REFERENCE; do [ -z "${!path:-}" ] || declare "$path=$(realpath "${!path}")"; done
+for path in SURROGATE_WEIGHTS SCORER VISUAL_WEIGHTS JUDGE_WEIGHTS REFERENCE; do
+    [ -z "${!path:-}" ] || [ -e "${!path}" ] || refuse "$path=${!path}: no such file"
+done
+for path in ROOT SURROGATE_WEIGHTS SCORER VISUAL_WEIGHTS JUDGE_WEIGHTS REFERENCE VAE TEXT; do      # of the last two the names of a hub are none of ours
+    [ -z "${!path:-}" ] || [ ! -e "${!path}" ] || declare "$path=$(realpath "${!path}")"
+done
+for list in SEEDS RUNS JUDGE SCORE KEEP; do                           # single spaces, and nothing twice: the same run would count as two seeds
+    [ -n "${!list:-}" ] || continue
+    declare "$list=$(echo ${!list})"
+    [ "$(tr ' ' '\n' <<<"${!list}" | sort | uniq -d)" = "" ] || refuse "$list=\"${!list}\" names something twice"
+done
 cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")"
 
 # ------------------------------------------------------------------ a Python that has what requirements.txt asks for
@@ -31,7 +45,7 @@ complete() { "$1" -c "import importlib.util as u, sys; sys.exit(sys.version_info
 if [ -e .venv ] || ! complete python3; then
     if ! complete .venv/bin/python; then
         echo "installing requirements.txt into .venv (several GB with CUDA; only this once)"
-        python3 -c "import sys; sys.exit(sys.version_info < (3, 10))" || { echo "run_all.sh: error: Python 3.10 or newer is needed" >&2; exit 2; }
+        python3 -c "import sys; sys.exit(sys.version_info < (3, 10))" || refuse "Python 3.10 or newer is needed"
         python3 -m venv .venv
         .venv/bin/python -m pip install -q -r requirements.txt
     fi
@@ -45,37 +59,45 @@ fi
 
 # ------------------------------------------------------------------ sizes
 dro="" sampler="--cfg 1.5" train="" preset=()                         # defaults of DRO, SAMPLER and TRAIN
-if [ -n "${QUICK:-}" ]; then                                          # short runs, in the order of their worth; the learning rate must be up within them
-    : "${STEPS:=4000}" "${NUM_SAMPLES:=5000}" "${KEEP=0.1}" "${JUDGE:=scratch}" "${TRAJECTORY:=2000}"
-    : "${RUNS:=full random pruned d2c-select random-attach d2c-select-attach}"
+if [ -n "${QUICK:-}" ]; then                                          # short runs; the learning rate must be up within them
+    : "${STEPS:=4000}" "${NUM_SAMPLES:=5000}" "${KEEP=0.1}" "${JUDGE:=scratch}" "${SCORE:=gaussian}" "${TRAJECTORY:=2000}" "${RUNS:=full random pruned random-attach d2c-select d2c-select-attach}"
     train="--warmup 500 --checkpoint-every 1000"
 fi
 case "$what" in
 digits)  NAME=digits; source=(digits); preset=(--preset digits); : "${STEPS:=800}" "${PER_CLASS:=15}" "${NUM_SAMPLES:=1000}" "${KEEP:=}"
          sampler="--sampler heun --steps 12 --cfg 1.5"
          [ "${PROCESS:-flow}" = flow ] || sampler="--sampler dpm++ --steps 20 --cfg 1.5"
-         case "${MODEL:-}" in unet*) train="--lr 1e-3" ;; esac       # the preset's rate is the tiny SiT's
+         case "${MODEL:-}" in unet*) train="$train --lr 1e-3" ;; esac          # the preset's rate is the tiny SiT's
          dro="--eta 0.05 --steps 400 --batch-size 64" ;;
 cifar10) NAME=cifar10; source=(cifar10 ${ROOT:+--root "$ROOT"}); preset=(--preset cifar10); : "${STEPS:=20000}" "${PER_CLASS:=100}" "${NUM_SAMPLES:=10000}" "${KEEP:=0.1 0.4}" "${SCORE:=gaussian moderate}" ;;
 imagenet) NAME=imagenet; preset=(--preset imagenet); sampler="--sampler sde --steps 250 --cfg 1.5"
          : "${STEPS:=40000}" "${PER_CLASS:=10}" "${INTERVAL:=96}" "${NUM_SAMPLES:=50000}" "${KEEP:=}" "${RUNS:=random random-attach d2c-select d2c-select-attach}"
          : "${TEXT:=google/flan-t5-xl}" "${VISUAL:=dinov2_vitb14}" "${JUDGE:=inception}" ;;
-*)       NAME=$(basename "${what%.npz}"); case "$NAME" in digits|cifar10) NAME=my-$NAME ;; esac
+*)       NAME=$(basename "${what%.npz}"); case "$NAME" in digits|cifar10|imagenet) NAME=my-$NAME ;; esac
          source=("$what" ${SIZE:+--size "$SIZE"}); : "${STEPS:=20000}" "${PER_CLASS:=100}" "${NUM_SAMPLES:=10000}" "${KEEP:=0.1}"
          : "${TEXT:=none}" ;;                                         # minilm knows the class names of digits, CIFAR and ImageNet only
 esac
 : "${SEEDS:=0}" "${NPROC:=1}" "${DEVICE:=auto}" "${REPORT:=short}" "${RUNS:=full random random-attach pruned pruned-dro d2c-select d2c-select-attach}"
 [ "$REPORT" != full ] || RUNS="$RUNS pruned-dro-resample" TRAJECTORY=${TRAJECTORY:-all}          # the other way to use the weights
-: "${DRO=$dro}" "${SAMPLER=$sampler}" "${TRAIN=$train}" "${TRAJECTORY:=}" "${TEXT:=minilm}" "${VISUAL:=ddae}" "${SCORE:=gaussian}" "${INTERVAL:=auto}" "${JUDGE:=scratch pixels}"
-data=data/$NAME out=${OUT:-runs/$NAME${MODEL:+-${MODEL//\//_}}${PROCESS:+-$PROCESS}}
+: "${DRO=$dro}" "${SAMPLER=$sampler}" "${TRAJECTORY:=}" "${TEXT:=minilm}" "${VISUAL:=ddae}" "${SCORE:=gaussian}" "${INTERVAL:=auto}" "${JUDGE:=scratch pixels}"
+TRAIN="$train${TRAIN:+ $TRAIN}"                                       # of a flag given twice the last counts
+for run in $RUNS; do
+    case $run in full|random|random-attach|pruned|pruned-dro|pruned-dro-resample|d2c-select|d2c-select-attach) ;; *) refuse "RUNS: $run is none of full random random-attach pruned pruned-dro pruned-dro-resample d2c-select d2c-select-attach" ;; esac
+done
+data=data/$NAME out=${OUT:-runs/$NAME${QUICK:+-quick}${MODEL:+-${MODEL//\//_}}${PROCESS:+-$PROCESS}}
 budgets=()                                                            # what pruning keeps; digits: as much as D2C, so that one random row serves both
 for k in $KEEP; do budgets+=("--keep $k"); done
 [ -n "$KEEP" ] || budgets=("--per-class $PER_CLASS")
 wants() { case " $RUNS " in *" $1 "*) return 0 ;; esac; return 1; }
-stage() { [ -n "$dry" ] || { echo "--- $*"; "$py" "$@"; }; }
+child=
+run() { "$@" & child=$!; wait "$child"; child=; }                     # in the background: so a signal to this script reaches the stage, which saves and ends
+end() { trap - TERM INT; if [ -n "$child" ]; then kill -TERM "$child" 2>/dev/null || true; wait "$child" || true; fi; exit "$1"; }
+trap 'end 143' TERM
+trap 'end 130' INT
+stage() { [ -n "$dry" ] || { echo "--- $*"; run "$py" "$@"; }; }
 heavy() {                                                            # the stages that torchrun spreads over NPROC processes
-    [ -z "$dry" ] || return 0
-    if [ "$NPROC" -gt 1 ]; then echo "--- $*"; "$py" -m torch.distributed.run --standalone --nproc_per_node "$NPROC" -- "$@"; else stage "$@"; fi
+    if [ -n "$dry" ] || [ "$NPROC" -eq 1 ]; then stage "$@"; return; fi
+    echo "--- $*"; run "$py" -m torch.distributed.run --standalone --nproc_per_node "$NPROC" -- "$@"
 }
 train_sample() {                                                     # train_sample RUN [flags of train.py]: train, then draw from its EMA
     local run=$1; shift
@@ -94,28 +116,40 @@ judge() {                                                            # measure a
     [ -z "${REFERENCE:-}" ] || judge+=(--reference-stats "$REFERENCE")
     [ "$REPORT" != full ] || interval="--bootstrap 20"
     heavy evaluate.py "${judge[@]}" --encoder $JUDGE $interval          # the first encoder is the table's
-    if [ -n "$TRAJECTORY" ] && [ ${#measured[@]} -eq ${#planned[@]} ]; then
-        local num=(); [ "$TRAJECTORY" = all ] || num=(--trajectory-num "$TRAJECTORY")
+    compare_runs
+    if [ -n "$TRAJECTORY" ] && [ ${#measured[@]} -eq ${#planned[@]} ]; then                             # last: it takes longest
+        local run num=()
+        for run in "${measured[@]}"; do
+            if ! ls "$run"/step_*.pt >/dev/null 2>&1; then echo "no trajectory: $run has no step_*.pt (TRAIN=\"--checkpoint-every N\")"; return; fi
+        done
+        [ "$TRAJECTORY" = all ] || [ "$TRAJECTORY" -ge "$NUM_SAMPLES" ] || num=(--trajectory-num "$TRAJECTORY")
         heavy evaluate.py "${judge[@]}" --encoder ${JUDGE%% *} --trajectory ${num[@]+"${num[@]}"}
+        compare_runs
     fi
+}
+compare_runs() {
     local beside=() other
-    for other in runs/*/report/report.json; do [ "$other" -ef "$out/report/report.json" ] || ! grep -qs '"about"' "$other" || beside+=("$other"); done
-    stage report.py "${measured[@]}" ${beside[@]+--beside "${beside[@]}"} --out "$out/report"
+    for other in runs/*/report/report.json; do                           # sound reports of other data sets and networks
+        [ ! -e "$other" ] || [ "$other" -ef "$out/report/report.json" ] || ! "$py" -c "import json, sys; json.load(open(sys.argv[1]))['setting']" "$other" 2>/dev/null || beside+=("$other")
+    done
+    stage report.py "${measured[@]}" --encoder "${JUDGE%% *}" ${beside[@]+--beside "${beside[@]}"} --out "$out/report"
 }
 announce() {                                                         # what will be done; and, once the first steps have shown the pace, for how long
+    [ ${#planned[@]} -gt 0 ] || refuse "RUNS=\"$RUNS\" asks for no training"
     echo "${#planned[@]} trainings of $STEPS steps, $NUM_SAMPLES samples each, judged by $JUDGE; in this order: ${planned[*]##*/}"
-    "$py" - "$STEPS" "${planned[@]}" <<'EOF' &
-import json, pathlib, shutil, sys, time
-steps, files = int(sys.argv[1]), [pathlib.Path(run, "stats.jsonl") for run in sys.argv[2:]]
-rows = lambda f: [json.loads(x) for x in f.read_text().splitlines() if x.endswith("}")] if f.exists() else []
-while not (pace := [r[-1]["seconds"] / r[-1]["step"] for f in files if (r := rows(f))]):
+    "$py" - "$STEPS" "$out" "${planned[@]##*/}" <<'EOF' &
+import json, os, pathlib, shutil, sys, time
+steps, out, parent = int(sys.argv[1]), pathlib.Path(sys.argv[2]), os.getppid()
+files = [out / run / "stats.jsonl" for run in sys.argv[3:]]
+last = lambda f: next((json.loads(x) for x in reversed(f.read_text().splitlines()) if x.endswith("}")), None) if f.exists() else None
+while not (pace := [r["seconds"] / r["step"] for f in files if (r := last(f))]):
     time.sleep(1)
-left = sum(steps - min(steps, r[-1]["step"] if (r := rows(f)) else 0) for f in files)
-if left:
-    disk = shutil.disk_usage(files[0].parent)
-    print(f"\nall trainings together: about {pace[-1] * left / 60:,.0f} more minutes at the pace of the first steps, sampling and judging not counted; {disk.free / 1e9:,.0f} GB of disk are free", flush=True)
+    if os.getppid() != parent:                                        # run_all.sh has ended
+        sys.exit()
+if left := sum(steps - min(steps, r["step"] if (r := last(f)) else 0) for f in files):
+    print(f"\nall trainings together: about {pace[-1] * left / 60:,.0f} more minutes at the pace of the first steps, sampling and judging not counted; "
+          f"{shutil.disk_usage(out).free / 1e9:,.0f} GB of disk are free", flush=True)
 EOF
-    trap "kill $! 2>/dev/null || true" EXIT
 }
 
 # ------------------------------------------------------------------ one output folder, one set of sizes
@@ -123,7 +157,7 @@ mkdir -p "$out"
 for size in STEPS NUM_SAMPLES SAMPLER TRAIN; do                            # another size would leave half of the runs at the old one
     now=$size=${!size} old=$(grep "^$size=" "$out/sizes.txt" 2>/dev/null || true)
     [ -n "$old" ] || echo "$now" >>"$out/sizes.txt"
-    [ "${old:-$now}" = "$now" ] || { echo "run_all.sh: error: $out was made with $old, now $now; use OUT=another folder" >&2; exit 2; }
+    [ "${old:-$now}" = "$now" ] || refuse "$out was made with $old, now $now; use OUT=another folder, or remove $out"
 done
 measured=() planned=() dry=
 
@@ -131,9 +165,7 @@ measured=() planned=() dry=
 # Disk: latents 21 GB, about 36 GB a run (last.pt 11, four EMAs 11, visual tokens 4, samples 10). GPU time, the paper's: scoring 2.1 h, training 7.4 h a run. Choices: SCORER (DiT-XL-2-256x256.pt of the DiT repository),
 # OFFICIAL (dit, sit, or empty for a checkpoint of train.py), VAE, REFERENCE (ADM's VIRTUAL_imagenet256_labeled.npz), IMAGE_SIZE, VISUAL_WEIGHTS, JUDGE_WEIGHTS.
 imagenet() {
-    : "${VAE:=stabilityai/sd-vae-ft-ema}" "${OFFICIAL=dit}" "${SCORER:?run_all.sh: imagenet needs SCORER=DiT-XL-2-256x256.pt, the diffusion model that scores}" \
-      "${REFERENCE:?run_all.sh: imagenet needs REFERENCE=VIRTUAL_imagenet256_labeled.npz, the statistics that the judge compares with}"
-    : "${IMAGE_SIZE:=256}"
+    : "${VAE:=stabilityai/sd-vae-ft-ema}" "${OFFICIAL=dit}" "${IMAGE_SIZE:=256}"
     heavy data.py "$images" --size "$IMAGE_SIZE" --vae "$VAE" --latents-only --batch-size $((64 * NPROC)) --device "$DEVICE" --out "$data"
     for seed in $SEEDS; do
         tail=; [ "$seed" = "${SEEDS%% *}" ] || tail=-seed$seed
@@ -144,8 +176,8 @@ imagenet() {
             keep=$out/select$tail/keep.npy; [ $how = d2c-select ] || keep=$out/random$tail/prune/keep.npy
             if wants $how; then train_sample "$out/$how$tail" --indices "$keep"; fi
             wants $how-attach || continue
-            stage data.py "$images" --size "$IMAGE_SIZE" --indices "$keep" --out "$data-$how$tail"              # the pixels that the visual encoder reads
-            heavy attach.py --data "$data" --indices "$keep" --images "$data-$how$tail" --text "$TEXT" --visual "$VISUAL" ${VISUAL_WEIGHTS:+--visual-weights "$VISUAL_WEIGHTS"} --judge none \
+            stage data.py "$images" --size "$IMAGE_SIZE" --indices "$keep" --out "$out/$how-attach$tail/images"  # the pixels that the visual encoder reads
+            heavy attach.py --data "$data" --indices "$keep" --images "$out/$how-attach$tail/images" --text "$TEXT" --visual "$VISUAL" ${VISUAL_WEIGHTS:+--visual-weights "$VISUAL_WEIGHTS"} --judge none \
                 --seed "$seed" --device "$DEVICE" --out "$out/$how-attach$tail/attach"
             train_sample "$out/$how-attach$tail" --attach "$out/$how-attach$tail/attach"
         done
@@ -162,7 +194,7 @@ compare() {
         train_sample "$full"
         for b in "${budgets[@]}"; do                                     # pruning: every budget has its own random row
             size=; [ "$b" = "${budgets[0]}" ] || size=-${b##* }
-            if wants random || { [ -z "$KEEP" ] && wants random-attach; }; then
+            if wants random || { [ -z "$KEEP" ] && { wants random-attach || wants d2c-select || wants d2c-select-attach; }; }; then
                 stage prune.py --data "$data" --score random $b --seed "$seed" --out "$out/random$size$tail/prune"
                 train_sample "$out/random$size$tail" --indices "$out/random$size$tail/prune/keep.npy"
             fi
@@ -173,9 +205,10 @@ compare() {
             fi
             if wants pruned; then
                 train_sample "$out/pruned$size$tail" --indices "$keep"
-                for other in ${SCORE#"${SCORE%% *}"}; do                 # other scores of the same features
-                    run=$out/pruned-$other$size$tail
-                    stage prune.py --data "$data" --features "$out/pruned$size$tail/prune/features.npy" --score "$other" $b --seed "$seed" --out "$run/prune"
+                for other in ${SCORE#"${SCORE%% *}"}; do                 # other scores, of the same features where they look at features
+                    run=$out/pruned-$other$size$tail features=$out/pruned$size$tail/prune/features.npy from=()
+                    case $other in random|el2n|ccs) ;; *) if [ -e "$features" ]; then from=(--features "$features"); else from=("${surrogate[@]}"); fi ;; esac
+                    heavy prune.py --data "$data" ${from[@]+"${from[@]}"} --score "$other" $b --seed "$seed" --device "$DEVICE" --out "$run/prune"
                     train_sample "$run" --indices "$run/prune/keep.npy"
                 done
             fi
@@ -211,7 +244,8 @@ else
     todo=compare
     stage data.py "${source[@]}" --out "$data"
     if [ "$(wc -l <"$data/classes.txt")" -eq 1 ]; then                   # one class: nothing to weigh, and no classifier to train
-        RUNS=${RUNS/pruned-dro/} JUDGE=pixels one_class=(--judge pixels)
+        RUNS=$(tr ' ' '\n' <<<"$RUNS" | sed '/^pruned-dro/d') JUDGE=$(tr ' ' '\n' <<<"$JUDGE" | sed '/^scratch$/d') one_class=(--judge pixels)
+        RUNS=$(echo $RUNS) JUDGE=$(echo ${JUDGE:-pixels})
     fi
 fi
 dry=1; $todo; dry=                                                    # once without doing anything, to know what is planned

@@ -418,36 +418,67 @@ def test_seconds_count_every_process():
 def test_titles_of_runs():
     assert report.title("pruned-0.4") == "Pruning 0.4" and report.title("pruned-moderate-0.4") == "Pruning (moderate) 0.4" and report.title("pruned-moderate") == "Pruning (moderate)"
     assert report.title("pruned-dro-0.1") == "Pruning + DRO weights 0.1" and report.title("random-0.4") is None and report.title("full") is None
+    assert report.family("random-5e-2") == "random" and report.title("pruned-5e-2") == "Pruning 5e 2"
 
 
 def test_the_fifth_question_is_answered_by_other_reports(tmp_path, capsys):
-    """The same four runs under two networks, worked out by hand; a row that only one of them has is left out of the order."""
-    fds = {"a": dict(full=0.3, random=0.5, pruned=1.0, **{"d2c-select": 0.4}), "b": dict(full=0.2, random=0.6, pruned=0.9, **{"d2c-select": 0.9001, "random-attach": 0.3})}
+    """Two settings worked out by hand. In b D2C keeps fewer images than pruning and has a random row of its own: each row counts against that of its size."""
+    fds = {"a": dict(full=0.3, random=0.5, pruned=1.0, **{"pruned-moderate": 0.6, "d2c-select": 0.4, "random-attach": 0.45, "d2c-select-attach": 0.45}),
+           "b": dict(full=0.2, random=0.6, pruned=0.9, **{"pruned-moderate": 0.56, "d2c-random": 2.0, "d2c-select": 1.9, "random-attach": 1.8})}
+    small = ("d2c-random", "d2c-select", "random-attach")
     for name, rows in fds.items():
-        runs = [str(make_run(tmp_path / name / run, fd=fd, kept=1500 if run == "full" else 150, train_args={"model": f"net-{name}"}.items())) for run, fd in rows.items()]
+        runs = [str(make_run(tmp_path / name / run, fd=fd, kept=1500 if run == "full" else 50 if run in small and name == "b" else 150,
+                             train_args={"model": f"net-{name}"}.items())) for run, fd in rows.items()]
         beside = ["--beside", str(tmp_path / "a/report/report.json")] if name == "b" else []
         report.main([*runs, "--out", str(tmp_path / name / "report"), *beside])
     one, two = ((tmp_path / f"{name}/report/report.md").read_text(encoding="utf-8") for name in "ab")
-    assert "run_all.sh puts the others" in one and "run_all.sh puts the others" not in two
-    where = "net-a (flow) on digits, 700 steps of 128 [a]"
-    assert f"Pruning, FD against random: +50 % here (one seed); +100 % {where} (one seed)." in two
-    assert f"D2C Select, FD against random: +50 % here (one seed); -20 % {where} (one seed)." in two
-    assert "Attach on random images, FD" not in two                   # the other report has no such row
-    assert f"Order of the 4 rows in common with {where}: rank correlation 0.40." in two             # ranks 1 2 3 4 and 1 3 4 2 (full, select, random, pruned): d^2 = 6
-    for text, word in (("{}", "rows"), ('{"rows": {"full": {"fd": [], "kept": [1]}}, "about": "x"}', "row full"), ("not json", "report.json"), (None, "no such file")):
-        (tmp_path / "a/report/report.json").unlink()
-        if text is not None:
-            (tmp_path / "a/report/report.json").write_text(text)
-        else:
-            (tmp_path / "a/report/report.json").unlink(missing_ok=True)
+    assert "run_all.sh puts those" in one and "run_all.sh puts those" not in two
+    where = "net-a (flow) on digits, 700 steps of 128, scratch [a]"
+    assert f"Pruning, FD against random: +50 % here (one seed); +100 % with {where} (one seed)." in two
+    assert f"D2C Select, FD against random: -5 % here (one seed); -20 % with {where} (one seed)." in two
+    assert f"Attach on random images, FD against random: -10 % here (one seed); -10 % with {where} (one seed)." in two
+    # here 50, -7, -5, -10 % (pruned, moderate, select, attach), there 100, 20, -20, -10: ranks 4 2 3 1 and 4 3 1 2, so 1 - 6 x 6 / (4 x 15)
+    assert f"Order of these 4 runs here and with {where}: rank correlation 0.40." in two
+    capsys.readouterr()
+    report.main([str(tmp_path / "b/full"), "--out", str(tmp_path / "same"), "--beside", str(tmp_path / "b/report/report.json")])
+    assert "the same network and data set as here" in capsys.readouterr().out and "Order of" not in (tmp_path / "same/report.md").read_text(encoding="utf-8")
+    sound = json.loads((tmp_path / "a/report/report.json").read_text())
+    for change, word in ((lambda r: r["rows"]["full"].update(fd=[]), "row full"), (lambda r: r["rows"]["full"].update(fd="low"), "'fd' is a str"), (lambda r: r.pop("setting"), "setting"),
+                         (None, "no such file")):
+        (tmp_path / "a/report/report.json").unlink(missing_ok=True)
+        if change:
+            change(broken := json.loads(json.dumps(sound)))
+            (tmp_path / "a/report/report.json").write_text(json.dumps(broken))
         with pytest.raises(SystemExit) as stop:
             report.main([str(tmp_path / "b/full"), "--out", str(tmp_path / "c"), "--beside", str(tmp_path / "a/report/report.json")])
         err = capsys.readouterr().err.strip()
         assert stop.value.code == 2 and word in err and "report.json" in err and len(err.splitlines()) == 1 and not (tmp_path / "c").exists()
-        (tmp_path / "a/report/report.json").touch()
 
 
-def test_against_random_says_what_counts():
-    t = table(random=dict(fd=[1.0, 0.99, 1.01]), pruned=dict(fd=[1.2, 1.19, 1.21]), d2c_select=dict(fd=[0.9, 1.1, 1.03]))
-    assert report.against_random(t, "pruned", "here") == "+20 % here (n=3)"
-    assert report.against_random(t, "d2c-select", "there") == "+1 % there (within the spread, n=3)"
+def test_above_random_says_what_counts():
+    t = table(random=dict(fd=[1.0, 0.99, 1.01]), pruned=dict(fd=[1.2, 1.19, 1.21]), d2c_select=dict(fd=[0.9, 1.1, 1.03]), pruned_dro=dict(fd=[1.0], steps=[300]))
+    got = report.above_random(t)
+    assert {run: (who, round(rel, 3), note) for run, (who, rel, note) in got.items()} == {
+        "pruned": ("Pruning", 0.2, " (n=3)"), "d2c-select": ("D2C Select", 0.01, " (within the spread, n=3)")}          # fewer steps than random: no comparison
+
+
+def test_a_run_named_twice_is_no_second_seed(tmp_path, capsys):
+    run = str(make_run(tmp_path / "full", kept=1500))
+    with pytest.raises(SystemExit) as stop:
+        report.main([run, f"{run}/../full", "--out", str(tmp_path / "report")])
+    assert stop.value.code == 2 and "named twice" in capsys.readouterr().err
+
+
+def test_scores_without_features_are_not_charged_with_them(tmp_path):
+    """prune.py --score el2n --features FILE ignores the file: neither its making nor its surrogate is this run's preparation."""
+    surrogate = make_run(tmp_path / "full", kept=1500, train_seconds=500.0)
+    write(tmp_path / "a/prune.args.json", {"args": dict(score="gaussian", surrogate="ddae", weights=str(surrogate / "last.pt"), data="d"), "seconds": 9.0, "seconds_features": 7.0,
+                                           "seconds_scores": 1.0})
+    (tmp_path / "a/features.npy").touch()
+    for score, want in (("el2n", {"features and scores": 3.0}), ("moderate", {"features and scores": 7.0 + 3.0, "surrogate network (full)": 500.0})):
+        folder = tmp_path / score
+        write(folder / "prune.args.json", {"args": dict(score=score, features=str(tmp_path / "a/features.npy"), data="d"), "seconds": 4.0, "seconds_features": 7.0, "seconds_scores": 3.0}
+              if score == "moderate" else {"args": dict(score=score, features=str(tmp_path / "a/features.npy"), data="d"), "seconds": 4.0, "seconds_features": 0, "seconds_scores": 3.0})
+        (folder / "keep.npy").touch()
+        got = report.preparation({"args": dict(data="d", indices=str(folder / "keep.npy"))})
+        assert got == want, (score, got)

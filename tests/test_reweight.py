@@ -310,11 +310,11 @@ def test_warnings(kit, capsys):
     (["--indices", "BAD_INDICES"], "0..59"), (["--indices", "NO_CAT"], "class 2 keeps no image"), (["--reference", "OTHER_DATA"], "other_sha"),
     (["--reference", "OTHER_CLASSES"], "num_classes"), (["--reference", "OTHER_SIZE"], "size"), (["--reference", "OTHER_CHANNELS"], "channels"),
     (["--reference", "NOT_A_CKPT"], "not a checkpoint"), (["--proxy-init", "OTHER_CLASSES"], "does not fit the proxy"),
-    (["--reference", "WORD_FOR_LR"], "'lr' is a str"), (["--reference", "NO_WARMUP"], "does not say with which warmup"),
+    (["--reference", "WORD_FOR_LR"], "'lr' is a str"), (["--reference", "NEW_AMP"], "amp = 'fp4'"), (["--reference", "NO_WARMUP"], "does not say with which warmup"),
     (["--proxy-model", "SiT-T/8"], "patch size 8"), (["--out", "A_FILE"], "a file stands")])
 def test_bad_input(kit, flags, says, capsys):
     root, _ = kit
-    make = {"BAD_INDICES": lambda p: np.save(p, np.array([0, 99])), "NO_CAT": lambda p: np.save(p, np.arange(40)),
+    make = {"BAD_INDICES": lambda p: np.save(p, np.array([0, 99])), "NEW_AMP": lambda p: make_reference(p, None, amp="fp4"), "NO_CAT": lambda p: np.save(p, np.arange(40)),
             "OTHER_DATA": lambda p: make_reference(p, None, data_sha256="other_sha"), "OTHER_CLASSES": lambda p: make_reference(p, None, num_classes=4),
             "OTHER_SIZE": lambda p: make_reference(p, None, size=8), "OTHER_CHANNELS": lambda p: make_reference(p, None, channels=3),
             "WORD_FOR_LR": lambda p: make_reference(p, None, lr="fast"), "NO_WARMUP": lambda p: without(p, "warmup"),
@@ -336,7 +336,7 @@ def without(path, setting):
     torch.save(state, path)
 
 
-@pytest.mark.parametrize("lr, says", [(0.3, "it has diverged; lower --lr"), (1e3, "had a non-finite loss or gradient, up to 6; lower --lr")])
+@pytest.mark.parametrize("lr, says", [(0.3, "it has diverged; lower --lr"), (1e4, "had a non-finite loss or gradient, up to 6; lower --lr")])
 def test_a_proxy_that_diverges_stops(lr, says, kit, capsys):
     """A loss far beyond that of a network which predicts nothing, finite or not: weights made of it would look like any others."""
     with pytest.raises(SystemExit) as e:

@@ -1,9 +1,12 @@
 """run_all.sh as a user runs it, with tiny sizes, in a copy of the repository."""
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +23,12 @@ RUNS = ["full", "random", "pruned", "pruned-dro", "random-attach", "d2c-select",
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
-    """The repository without its environment and runs, in a folder whose name has a space."""
+    """What the scripts need of the repository, in a folder whose name has a space."""
     there = tmp_path_factory.mktemp("kit") / "lean diffusion"
-    shutil.copytree(ROOT, there, ignore=shutil.ignore_patterns(".venv", "runs", ".git", "__pycache__", "digits", "cifar10"))
+    shutil.copytree(ROOT / "models", there / "models", ignore=shutil.ignore_patterns("__pycache__"))
+    (there / "data").mkdir()
+    for file in (*ROOT.glob("*.py"), ROOT / "run_all.sh", ROOT / "requirements.txt", ROOT / "data/digits.npz"):
+        shutil.copy(file, there / file.relative_to(ROOT))
     return there
 
 
@@ -38,6 +44,108 @@ def test_unknown_input_is_one_line(copy):
     assert subprocess.run(["bash", "-n", copy / "run_all.sh"]).returncode == 0                          # all of it parses
     code, out = run_all(copy, "no_such_folder")
     assert code == 2 and "no_such_folder" in out and len(out.strip().splitlines()) == 1 and not (copy / "runs").exists()
+
+
+@pytest.mark.parametrize("sizes, args, says", [
+    ({"SEEDS": "0 1 0"}, [], "names something twice"), ({"RUNS": "full randm"}, [], "randm is none of full"), ({"JUDGE_WEIGHTS": "no/such.pth"}, [], "no/such.pth"),
+    ({"QUICK": "1", "SCORER": "run_all.sh", "REFERENCE": "run_all.sh"}, ["imagenet", "models"], "QUICK"), ({"SCORER": ""}, ["imagenet", "models"], "SCORER")])
+def test_bad_choices_are_one_line_before_anything_is_made(sizes, args, says, copy):
+    code, out = run_all(copy, *args, **sizes)
+    assert code == 2 and says in out and len(out.strip().splitlines()) == 1 and not (copy / "runs").exists()
+
+
+STUB = """#!/usr/bin/env bash
+[ "$1" != -c ] || exit 0                                              # the questions that run_all.sh asks first
+[ "$1" != - ] || exit 0                                               # the watcher
+echo "$@" >>calls.txt
+while [ $# -gt 1 ]; do [ "$1" != --out ] || out=$2; shift; done
+mkdir -p "${out:-.}"
+for c in $CLASSES; do echo $c; done >"${out:-.}/classes.txt"
+[ -z "${SLOW:-}" ] || { trap 'echo saved >>calls.txt; exit 143' TERM; sleep 30 & wait $!; }
+"""
+
+
+@pytest.fixture
+def stub(copy, tmp_path):
+    """run_all.sh with a python3 that only writes down what it was asked for: (folder, environment)."""
+    there = tmp_path / "kit"
+    there.mkdir()
+    shutil.copy(copy / "run_all.sh", there)
+    (there / "bin").mkdir()
+    (there / "bin/python3").write_text(STUB)
+    (there / "bin/python3").chmod(0o755)
+    return there, {**os.environ, "PATH": f"{there / 'bin'}{os.pathsep}{os.environ['PATH']}", "CLASSES": "cat dog"}
+
+
+def calls(stub, *args, **sizes):
+    there, env = stub
+    p = subprocess.run(["bash", "run_all.sh", *args], cwd=there, env=env | sizes, capture_output=True, text=True, timeout=60)
+    assert p.returncode == 0, p.stdout + p.stderr
+    return (there / "calls.txt").read_text().splitlines()
+
+
+def flag(call, name):
+    return call.split(f"{name} ")[1].split(" --")[0] if f"{name} " in call else None
+
+
+def test_what_a_whole_cifar10_run_asks_for(stub):
+    """13 trainings: two budgets and two scores, each with its own random row, and D2C at 1 000 images with its own; every run is judged."""
+    got = calls(stub, "cifar10", TRAIN="--lr 1e-4")
+    trained = {flag(c, "--out").split("/")[-1]: c for c in got if c.startswith("train.py")}
+    assert list(trained) == ["full", "random", "pruned", "pruned-moderate", "pruned-dro", "random-0.4", "pruned-0.4", "pruned-moderate-0.4", "pruned-dro-0.4", "d2c-random", "random-attach",
+                             "d2c-select", "d2c-select-attach"]
+    assert all("--steps 20000" in c and c.count("--lr 1e-4") == 1 for c in trained.values())
+    assert flag(trained["pruned-moderate-0.4"], "--indices") == "runs/cifar10/pruned-moderate-0.4/prune/keep.npy"
+    assert flag(trained["pruned-dro-0.4"], "--indices") == "runs/cifar10/pruned-0.4/prune/keep.npy"
+    assert [flag(c, "--keep") for c in got if c.startswith("prune.py") and "--score moderate" in c] == ["0.1", "0.4"]
+    judged = next(c for c in got if c.startswith("evaluate.py"))
+    assert len(flag(judged, "--runs").split()) == 13 and flag(judged, "--encoder") == "scratch pixels"
+    assert next(c for c in got if c.startswith("report.py")).endswith("--encoder scratch --out runs/cifar10/report")
+
+
+def test_quick_adds_to_the_users_flags_and_stands_in_a_folder_of_its_own(stub):
+    got = calls(stub, "cifar10", QUICK="1", TRAIN="--compile --warmup 100", NUM_SAMPLES="1000")
+    trained = [c for c in got if c.startswith("train.py")]
+    assert [flag(c, "--out") for c in trained] == [f"runs/cifar10-quick/{r}" for r in ("full", "random", "pruned", "d2c-random", "random-attach", "d2c-select", "d2c-select-attach")]
+    assert all("--warmup 500 --checkpoint-every 1000 --compile --warmup 100" in c for c in trained)            # of a flag given twice the last counts
+    assert sum(c.startswith("report.py") for c in got) == 7           # after every run; no trajectory without step_*.pt
+
+
+def test_one_class_needs_no_classifier_and_no_weights(stub, tmp_path):
+    (tmp_path / "faces").mkdir()
+    got = calls(stub, str(tmp_path / "faces"), CLASSES="face", REPORT="full", KEEP="0.1 5e-2")
+    assert not any(c.startswith("reweight.py") for c in got) and flag(next(c for c in got if c.startswith("evaluate.py")), "--encoder") == "pixels"
+    (stub[0] / "calls.txt").unlink()
+    got = calls(stub, str(tmp_path / "faces"), CLASSES="face", OUT="runs/b", JUDGE="inception scratch", RUNS="full d2c-select")
+    assert flag(next(c for c in got if c.startswith("evaluate.py")), "--encoder") == "inception"
+
+
+def test_imagenet_keeps_the_pixels_of_a_run_in_the_run(stub):
+    got = calls(stub, "imagenet", "bin", SCORER="run_all.sh", REFERENCE="run_all.sh", MODEL="SiT-L/2")
+    pixels = [c for c in got if c.startswith("data.py") and "--indices" in c]
+    assert [flag(c, "--out") for c in pixels] == [f"runs/imagenet-SiT-L_2/{how}-attach/images" for how in ("random", "d2c-select")]
+    assert [flag(c, "--images") for c in got if c.startswith("attach.py") and "--images" in c] == [flag(c, "--out") for c in pixels]
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_to_run_all_reaches_the_stage(number, code, stub):
+    there, env = stub
+    p = subprocess.Popen(["bash", "run_all.sh"], cwd=there, env=env | {"SLOW": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    for _ in range(200):
+        if (there / "calls.txt").exists():
+            break
+        time.sleep(0.05)
+    time.sleep(0.3)
+    p.send_signal(number)
+    assert p.wait(20) == code
+    assert (there / "calls.txt").read_text().splitlines()[1:] == ["saved"]                     # the stage was told, waited for, and none came after it
+
+
+def test_a_failing_stage_ends_the_run_with_its_code(stub):
+    there, env = stub
+    (there / "bin/python3").write_text(STUB + 'case "$(tail -1 calls.txt)" in prune.py*) exit 7 ;; esac\n')
+    p = subprocess.run(["bash", "run_all.sh"], cwd=there, env=env | {"QUICK": "1"}, capture_output=True, text=True, timeout=60)
+    assert p.returncode == 7 and (there / "calls.txt").read_text().splitlines()[-1].startswith("prune.py")
 
 
 @pytest.mark.slow
@@ -111,17 +219,19 @@ def test_quick_renews_the_report_and_puts_other_reports_beside_it(copy):
     assert code == 0, out[-3000:]
     planned = ["full", "random", "pruned", "pruned-moderate"]
     assert f"4 trainings of 4 steps, 40 samples each, judged by scratch; in this order: {' '.join(planned)}" in out and "more minutes at the pace of the first steps" in out
-    assert out.count("report so far") == 3 and [out.index(f"--- train.py --data data/digits --preset digits --steps 4 --seed 0 --device cpu --checkpoint-every 2{rest}")
+    at = [out.index(f"--- train.py --data data/digits --preset digits --steps 4 --seed 0 --device cpu --checkpoint-every 2{rest}")
                                                 for rest in (" --out runs/quick/full", " --indices runs/quick/random", " --indices runs/quick/pruned/", " --indices runs/quick/pruned-mod")]
+    assert out.count("report so far") == 3 and at == sorted(at)
     for run in planned:
         points = json.loads((copy / f"runs/quick/{run}/trajectory.json").read_text())["points"]
         assert [(p["step"], p["n"]) for p in points] == [(2, 20), (4, 20)]
     record = json.loads((copy / "runs/quick/pruned-moderate/prune/prune.args.json").read_text())
     assert record["args"]["score"] == "moderate" and record["args"]["features"].endswith("pruned/prune/features.npy")          # encoded once
     assert "| pruned-moderate |" in (copy / "runs/quick/report/report.md").read_text(encoding="utf-8")
-    code, out = run_all(copy, **sizes | {"STEPS": "2"}, OUT="runs/other")
+    code, out = run_all(copy, **sizes, PROCESS="ddpm")                # another process: its own folder, and the first report beside it
     assert code == 0, out[-3000:]
-    assert "Order of the 3 rows in common with SiT-T/2 (flow) on digits, 4 steps of 128 [quick]: rank correlation" in (copy / "runs/other/report/report.md").read_text(encoding="utf-8")
+    text = (copy / "runs/digits-quick-ddpm/report/report.md").read_text(encoding="utf-8")
+    assert re.search(r"Pruning, FD against random: [+-]\d+ % here \(one seed\); [+-]\d+ % with SiT-T/2 \(flow\) on digits, 4 steps of 128, scratch \[quick\]", text)
     code, out = run_all(copy, **sizes, SCORE="gaussian moderate", OUT="runs/quick")             # again: nothing to do, and no report of fewer runs in between
     assert code == 0 and out.count("nothing to do") >= 12 and "report so far" not in out
     assert "| pruned-moderate |" in (copy / "runs/quick/report/report.md").read_text(encoding="utf-8")
