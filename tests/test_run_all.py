@@ -219,7 +219,7 @@ def test_quick_renews_the_report_and_puts_other_reports_beside_it(copy):
     assert code == 0, out[-3000:]
     planned = ["full", "random", "pruned", "pruned-moderate"]
     assert f"4 trainings of 4 steps, 40 samples each, judged by scratch; in this order: {' '.join(planned)}" in out and "more minutes at the pace of the first steps" in out
-    at = [out.index(f"--- train.py --data data/digits --preset digits --steps 4 --seed 0 --device cpu --checkpoint-every 2{rest}")
+    at = [out.index(f"--- train.py --data data/digits --preset digits --steps 4 --seed 0 --device cpu --warmup 500 --checkpoint-every 1000 --checkpoint-every 2{rest}")
                                                 for rest in (" --out runs/quick/full", " --indices runs/quick/random", " --indices runs/quick/pruned/", " --indices runs/quick/pruned-mod")]
     assert out.count("report so far") == 3 and at == sorted(at)
     for run in planned:
