@@ -342,8 +342,13 @@ def family(name):
 def title(run):
     """'Pruning (moderate) 0.4' for 'pruned-moderate-0.4', None for a run that no selection made."""
     name = family(run)
-    score = name[len(PRUNED) + 1:] if name.startswith(PRUNED + "-") and name not in TITLES else ""          # a second score, by its name
-    return TITLES[PRUNED if score else name] + (f" ({score})" if score else "") + run[len(name):].replace("-", " ") if score or name in TITLES else None
+    if name in TITLES:
+        who = TITLES[name]
+    elif name.startswith(PRUNED + "-"):                               # a second score, by its name
+        who = f"{TITLES[PRUNED]} ({name[len(PRUNED) + 1:]})"
+    else:
+        return None
+    return who + run[len(name):].replace("-", " ")
 
 
 def versus(t, run, rival, who, whom, what="FD", key="fd"):
@@ -362,8 +367,8 @@ def answer_random(t):
     """Is it better than random?"""
     out = []
     for run in t:
-        if title(run) and (rival := rival_of(t, run)):
-            out.append(versus(t, run, rival, title(run), rival))
+        if (who := title(run)) and (rival := rival_of(t, run)):
+            out.append(versus(t, run, rival, who, rival))
     for run in t:                                                     # DRO is meant for the worst class
         for mine, other, who, whom in ((DRO, PRUNED, "DRO reweighting", "the same images unweighted"),
                                        (DRO_RESAMPLE, PRUNED, "DRO resampling", "the same images unweighted"),

@@ -81,9 +81,8 @@ esac
 [ "$REPORT" != full ] || RUNS="$RUNS pruned-dro-resample" TRAJECTORY=${TRAJECTORY:-all}          # the other way to use the weights
 : "${DRO=$dro}" "${SAMPLER=$sampler}" "${TRAJECTORY:=}" "${TEXT:=minilm}" "${VISUAL:=ddae}" "${SCORE:=gaussian}" "${INTERVAL:=auto}" "${JUDGE:=scratch pixels}"
 TRAIN="$train${TRAIN:+ $TRAIN}"                                       # of a flag given twice the last counts
-for run in $RUNS; do
-    case $run in full|random|random-attach|pruned|pruned-dro|pruned-dro-resample|d2c-select|d2c-select-attach) ;; *) refuse "RUNS: $run is none of full random random-attach pruned pruned-dro pruned-dro-resample d2c-select d2c-select-attach" ;; esac
-done
+known="full random random-attach pruned pruned-dro pruned-dro-resample d2c-select d2c-select-attach"
+for run in $RUNS; do case " $known " in *" $run "*) ;; *) refuse "RUNS: $run is none of $known" ;; esac; done
 data=data/$NAME out=${OUT:-runs/$NAME${QUICK:+-quick}${MODEL:+-${MODEL//\//_}}${PROCESS:+-$PROCESS}}
 budgets=()                                                            # what pruning keeps; digits: as much as D2C, so that one random row serves both
 for k in $KEEP; do budgets+=("--keep $k"); done

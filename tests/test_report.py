@@ -477,8 +477,8 @@ def test_scores_without_features_are_not_charged_with_them(tmp_path):
     (tmp_path / "a/features.npy").touch()
     for score, want in (("el2n", {"features and scores": 3.0}), ("moderate", {"features and scores": 7.0 + 3.0, "surrogate network (full)": 500.0})):
         folder = tmp_path / score
-        write(folder / "prune.args.json", {"args": dict(score=score, features=str(tmp_path / "a/features.npy"), data="d"), "seconds": 4.0, "seconds_features": 7.0, "seconds_scores": 3.0}
-              if score == "moderate" else {"args": dict(score=score, features=str(tmp_path / "a/features.npy"), data="d"), "seconds": 4.0, "seconds_features": 0, "seconds_scores": 3.0})
+        write(folder / "prune.args.json", {"args": dict(score=score, features=str(tmp_path / "a/features.npy"), data="d"), "seconds": 4.0,
+                                           "seconds_features": 7.0 if score == "moderate" else 0, "seconds_scores": 3.0})
         (folder / "keep.npy").touch()
         got = report.preparation({"args": dict(data="d", indices=str(folder / "keep.npy"))})
         assert got == want, (score, got)
