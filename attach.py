@@ -143,8 +143,7 @@ def check_inputs(a):
         common.check_finite(i.scores, a.difficulty, "difficulty")
         if (record := a.difficulty.with_name("attach.args.json")).is_file():                  # what it cost when it was made still counts
             i.earlier = common.load_record(record)
-            if i.earlier.get("inputs", {}).get("data") != d.info["sha256"]:
-                raise common.UserError(f"{a.difficulty}: was made from another data set than {a.data}; score this one with --reference")
+            common.check_origin(a.difficulty, d)
     elif a.scoring:
         i.reference = load_reference(a.reference, d, a.official)
     with common.user_errors():
@@ -276,7 +275,7 @@ def attach_visual(a, d, enc, keep, out):
     cosine = common.from_rank0(lambda: mean_token_cosine(v[some]))
     figures = {"seconds_visual": seconds, "visual_megabytes": round(v.nbytes / 1e6, 3), "mean_token_cosine": round(cosine, 4)}
     common.log(f"attach.py: visual tokens {v.shape}: {figures['visual_megabytes']:,} MB in {seconds:.1f} s; one constant vector reaches the cosine "
-               f"{figures['mean_token_cosine']:.3f}: an alignment below that has learned nothing")
+               f"{figures['mean_token_cosine']:.3f} on this grid (more on a coarser one): an alignment below that has learned nothing")
     return figures
 
 
@@ -389,6 +388,8 @@ def check_flags(a, p):
     a.scoring = a.select in ("interval", "easy", "medium", "hard")
     if a.scoring and not (a.reference or a.difficulty):
         p.error(f"--select {a.select} needs --reference CHECKPOINT, a diffusion model that scores, or --difficulty FILE")
+    if a.reference and a.difficulty and (a.visual != "ddae" or a.visual_weights):
+        p.error("--difficulty says how hard each image is, so --reference would not score; leave one out")
     if a.official and not a.reference:
         p.error(f"--official {a.official} says what --reference holds; give --reference CHECKPOINT, or leave it out")
     if a.official and a.visual == "ddae" and not a.visual_weights:

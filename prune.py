@@ -7,8 +7,8 @@ carried over to diffusion models). Higher score = kept first, for every score; t
   cluster    the images nearest to M_c k-means centres           random     the baseline that every other score has to beat
   el2n       hardest for a small network after a few epochs      ccs        el2n without its hardest 10 %, spread evenly over its range
 kcenter, herding, ccs and cluster pick a set: their score is minus the place in the order of picking, -inf for what is not picked.
-With --scope class every class is scored and cut by itself, floor(keep * n_c + 1/2) images, at least one; with --scope global the whole set is
-treated as one class. kcenter, herding and cluster read the features about once per picked image: on large sets use them per class.
+With --scope class every class is scored and cut by itself, floor(keep * n_c + 1/2) images, at least one. With --scope global all images compete:
+gaussian and moderate still measure an image against its own class, the others treat the set as one class. kcenter, herding and cluster read the features about once per picked image: on large sets use them per class.
 
 Reads   DATA/images.npy  uint8 (N, H, W, C);  DATA/labels.npy  int64 (N,);  DATA/classes.txt
 Writes  OUT/features.npy float32 (N, D), unless --features is given or the score needs none;  OUT/scores.npy float64 (N,);
@@ -21,6 +21,7 @@ under another number of processes. torchrun spreads the extraction; the first pr
 import math
 import time
 from contextlib import suppress
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -92,16 +93,25 @@ def gaussian_score(z, eps=1e-5):
     return (-0.5 * (maha + logdet + D * math.log(2 * math.pi))).numpy()
 
 
-def moderate_score(z, tie):
-    """Moderate-DS (Xia et al. 2023, ICLR): -|rank(d) - (n - 1)/2|, d the distance to the coordinate-wise median (as in its code; the paper: mean)."""
+def median_distance(z):
+    """Distance (n,) of each row to the coordinate-wise median of all rows."""
     n, D = z.shape
     cols = max(1, 2**25 // n)                                                   # by column blocks: a median needs all rows at once
     centre = np.concatenate([np.median(np.ascontiguousarray(np.asarray(z[:, lo:lo + cols], np.float64).T), axis=1, overwrite_input=True)
                              for lo in range(0, D, cols)])                      # (D,)
-    d = each(z, lambda x: np.sqrt(((x - centre) ** 2).sum(1)))                  # (n,)
-    rank = np.empty(n)
-    rank[np.lexsort((tie, d))] = np.arange(n)
-    return -np.abs(rank - (n - 1) / 2)
+    return each(z, lambda x: np.sqrt(((x - centre) ** 2).sum(1)))
+
+
+def middle_band(d, tie):
+    """-|rank(d) - (n - 1)/2| of distances d (n,): the middle ranks score highest."""
+    rank = np.empty(len(d))
+    rank[np.lexsort((tie, d))] = np.arange(len(d))
+    return -np.abs(rank - (len(d) - 1) / 2)
+
+
+def moderate_score(z, tie):
+    """Moderate-DS of one class (Xia et al. 2023, ICLR): the middle band of the distances to the class's median (as in its code; the paper: mean)."""
+    return middle_band(median_distance(z), tie)
 
 
 def kcenter_score(z, m, tie):
@@ -193,8 +203,8 @@ def cluster_score(z, m, tie, rng):
 
 
 def counts_to_keep(sizes, keep):
-    """Images to keep of groups of these sizes (K,): floor(keep * n + 1/2), at least 1."""
-    return np.maximum(np.floor(keep * np.asarray(sizes) + 0.5).astype(np.int64), 1)
+    """Images to keep of groups of these sizes (K,): floor(keep * n + 1/2), at least 1. In decimals: as floats 0.35 * 90 is less than 31.5."""
+    return np.array([max(1, int((Decimal(repr(float(keep))) * int(n) + Decimal("0.5")) // 1)) for n in sizes])
 
 
 def top(scores, groups, m, tie):
@@ -204,23 +214,32 @@ def top(scores, groups, m, tie):
     return np.sort(np.concatenate([order[a:a + b] for a, b in zip(start, m)]))
 
 
-def score_all(name, groups, m, tie, seed, features=None, difficulty=None):
-    """Scores (N,) float64 of all images, group by group. difficulty: el2n, for el2n and ccs."""
+def members(groups):
+    """[rows (n_g,) of group g, ascending]."""
+    return np.split(np.argsort(groups, kind="stable"), np.cumsum(np.bincount(groups))[:-1])
+
+
+def score_all(name, groups, m, tie, seed, features=None, difficulty=None, labels=None):
+    """Scores (N,) float64 of all images, which compete within their group. labels: the classes, where they are not the groups. difficulty: el2n, for
+    el2n and ccs."""
     if name == "random":
         return torch.rand(len(groups), dtype=torch.float64, generator=common.generator(seed, "random score")).numpy()   # M plays no part: sets nest
     if name == "el2n":
         return np.asarray(difficulty, np.float64)
-    scores, members = np.empty(len(groups)), np.split(np.argsort(groups, kind="stable"), np.cumsum(np.bincount(groups))[:-1])
-    for g, idx in enumerate(common.progress(members, desc=name, leave=False, delay=2)):
+    within = groups if labels is None or name not in ("gaussian", "moderate") else labels      # these two measure an image against its own class
+    scores = np.empty(len(groups))
+    for g, idx in enumerate(common.progress(members(within), desc=name, leave=False, delay=2)):
         z = Rows(features, idx) if name != "ccs" else None                      # sorted rows: scattered in the file, but read front to back
         if z and z.shape[0] * z.shape[1] < 2**25:
             z = z[:]                                                            # at most 256 MB in memory
         scores[idx] = {"gaussian": lambda: gaussian_score(z),
-                       "moderate": lambda: moderate_score(z, tie[idx]),
+                       "moderate": lambda: median_distance(z),
                        "kcenter": lambda: kcenter_score(z, m[g], tie[idx]),
                        "herding": lambda: herding_score(z, m[g], tie[idx]),
                        "cluster": lambda: cluster_score(z, m[g], tie[idx], np.random.default_rng([seed, g])),
                        "ccs": lambda: ccs_score(difficulty[idx], m[g], tie[idx])}[name]()
+    for idx in members(groups) if name == "moderate" else ():                   # ranked against all that compete: Moderate-DS's code with --scope global
+        scores[idx] = middle_band(scores[idx], tie[idx])
     return scores
 
 
@@ -283,7 +302,7 @@ def parse_args(argv=None):
     p.add_argument("--score", choices=SCORES, help="how images are ranked; may be left out with --scores")
     p.add_argument("--keep", type=common.number(float, above=0, high=1), help="share of the images to keep, in (0, 1]")
     p.add_argument("--per-class", type=common.count, help="images to keep of each class, instead of --keep")
-    p.add_argument("--scope", choices=("class", "global"), default="class", help="score and cut each class by itself, or the whole set as one")
+    p.add_argument("--scope", choices=("class", "global"), default="class", help="images compete within their class, or all with all")
     p.add_argument("--surrogate", choices=tuple(encoders.ENCODERS), default="inception", help="network whose pooled features are scored (list below)")
     p.add_argument("--weights", "--encoder-weights", type=Path, help="its weights; for ddae: a checkpoint of train.py")
     p.add_argument("--features", type=Path, help="features.npy (N, D) made earlier, instead of a surrogate")
@@ -325,12 +344,14 @@ def check_inputs(args):
     features = scores = None
     if args.features:
         features = common.load_npy(args.features, f"features, float (N = {n}, D)", (n, None), "f")
+        common.check_origin(args.features, d)
         if features.shape[1] == 0:
             raise common.UserError(f"{args.features}: features of width 0; extract them again")
         if common.rank() == 0:
             common.check_finite(features, args.features, "features", rows=8192)
     if args.scores:
         scores = np.array(common.load_npy(args.scores, f"scores, float (N = {n},)", (n,), "f"), np.float64)
+        common.check_origin(args.scores, d)
         common.check_finite(np.where(np.isneginf(scores) & (args.score is None), 0, scores), args.scores, "scores")
         short = np.flatnonzero(np.bincount(groups[np.isfinite(scores)], minlength=len(m)) < m)
         if len(short):
@@ -342,13 +363,13 @@ def check_inputs(args):
 def cut(args, d, groups, m, features, scores, device):
     """Features -> scores -> kept indices -> files; returns the figures for prune.args.json."""
     start, tie = time.time(), torch.randperm(len(groups), generator=common.generator(args.seed, "ties")).numpy()
-    if args.score == "gaussian" and (thin := (np.bincount(groups) <= features.shape[1]).sum()):
-        common.log(f"prune.py: warning: {thin} of {len(m)} groups have no more images than features have columns ({features.shape[1]}): their "
+    if args.score == "gaussian" and (thin := (np.bincount(d.labels) <= features.shape[1]).sum()):
+        common.log(f"prune.py: warning: {thin} of {d.num_classes} classes have no more images than features have columns ({features.shape[1]}): their "
                    "distances are almost constant (the order still holds); a narrower surrogate separates them better")
     if args.score:
         with common.user_errors():
             difficulty = encoders.el2n(d.images, d.labels, d.num_classes, device, args.el2n_epoch) if args.el2n else scores
-            scores = score_all(args.score, groups, m, tie, args.seed, features, difficulty)
+            scores = score_all(args.score, groups, m, tie, args.seed, features, difficulty, d.labels)
     keep = top(scores, groups, m, tie)
     kept = np.bincount(d.labels[keep], minlength=d.num_classes)
     if not kept.all():

@@ -50,7 +50,7 @@ class Preparation:
             if path:
                 self.follow(path, what, attached=path == args.get("attach"))
         if args.get("init"):
-            self.network(args["init"], "start weights")
+            self.network(args["init"], "start weights", args.get("official"))
 
     def need(self, path):
         if not Path(path).exists():
@@ -70,10 +70,12 @@ class Preparation:
         name, known = self.cost.get(key, (what, 0.0))
         self.cost[key] = name, None if seconds is None or known is None else max(seconds, known)
 
-    def network(self, checkpoint, what):
-        """Training of a diffusion model up to this checkpoint."""
+    def network(self, checkpoint, what, official=None):
+        """Training of a diffusion model up to this checkpoint; that of official weights is unknown."""
         path = self.need(checkpoint)
-        if path.name == "last.pt" and (made := self.done(path.parent, "train")):
+        if official:
+            seconds = None
+        elif path.name == "last.pt" and (made := self.done(path.parent, "train")):
             seconds = device_seconds(made, made["train_seconds"])
         else:                                                         # step_*.pt: not what came after it
             seconds = device_seconds(record_of(path.parent, "train"), common.load_pt(path).get("seconds"))
@@ -100,7 +102,7 @@ class Preparation:
             self.pruned(prune, here, features)
         if reweight:
             self.add("DRO proxy", device_seconds(reweight, reweight["seconds"]), (here, "proxy"))
-            self.network(reweight["args"]["reference"], "reference network")
+            self.network(reweight["args"]["reference"], "reference network", reweight["args"].get("official"))
         if attach:
             self.attached(attach, here, attached)
         if not (prune or reweight or attach):                         # the user's own file
@@ -131,7 +133,7 @@ class Preparation:
             if origin:                                                # scored by an earlier call, with its reference
                 self.follow(origin, "difficulty")
             else:
-                self.network(args["reference"], "scorer network")
+                self.network(args["reference"], "scorer network", args.get("official"))
         if attached:
             if seconds := (made.get("seconds_text") or 0) + (made.get("seconds_visual") or 0):
                 self.add("attachments", seconds, (here, "attachments"))
@@ -174,6 +176,8 @@ def read_run(folder):
     if drawn not in (None, stands):
         raise common.UserError(f"{folder}: samples are of step {drawn}, the run stands at {stands}; draw and evaluate again")
     samples = common.load_npy(folder / "samples.npy", "samples, uint8 (n, H, W, C)", (None,) * 4, "u")
+    if m.get("samples_sha256") != common.sha256(folder / "samples.npy"):
+        raise common.UserError(f"{folder / 'metrics.json'}: is of other samples than {folder / 'samples.npy'}; run evaluate.py on this run again")
     return SimpleNamespace(folder=folder, name=re.sub(r"-seed\d+$", "", folder.name), metrics=m, train=t, preparation=preparation(t, folder),
                            trajectory=read_trajectory(folder / "trajectory.json"), samples=samples, nearest=read_picture(folder / "nearest.png"))
 
@@ -217,6 +221,22 @@ def read_picture(file):
         raise common.UserError(f"{file}: not a readable picture ({e}); remove it, or draw it again with evaluate.py --overwrite")
 
 
+TRAINED_WITH = ("model", "process", "predict", "batch_size", "lr", "schedule", "warmup", "ema", "label_drop", "dropout", "class_std", "flips", "amp")   # of train.args.json
+
+
+def seeds_of_one_run(runs):
+    """Runs of one name become one row, as seeds: refused where they are the same seed twice, or not the same run."""
+    seen = {}
+    for r in runs:
+        for other in seen.setdefault(r.name, []):
+            a, b = other.train["args"], r.train["args"]
+            what = next((k for k in TRAINED_WITH if a.get(k) != b.get(k)), None) or next((k for k in ("images_kept", "images_seen") if other.train[k] != r.train[k]), None)
+            if what or a.get("seed") == b.get("seed"):
+                why = f"differ in {what}" if what else f"have the same seed, {a.get('seed')}"
+                raise common.UserError(f"{other.folder} and {r.folder}: would count as two seeds of {r.name}, but {why}; leave one out, or give it a folder of another name")
+        seen[r.name].append(r)
+
+
 def comparable(runs, judge):
     """One line for each setting in which runs differ although it moves the figures; differences that make the comparison void are refused."""
     encoder = lambda r: r.metrics["encoders"][judge]                  # noqa: E731
@@ -238,8 +258,10 @@ def comparable(runs, judge):
         got = {json.dumps(r.metrics["protocol"].get(k)): r.name for r in runs}
         if len(got) > 1:
             out.append(f"sampling differs in {k}: " + ", ".join(f"{v} ({name}, ...)" for v, name in got.items()))
-    if len({r.train["args"]["batch_size"] for r in runs}) > 1:
-        out.append("training differs in the batch size")
+    for k in TRAINED_WITH:
+        got = {json.dumps(r.train["args"].get(k)): r.name for r in runs}
+        if len(got) > 1:
+            out.append(f"training differs in {k}: " + ", ".join(f"{v} ({name}, ...)" for v, name in got.items()))
     return out
 
 
@@ -248,10 +270,17 @@ def use_trajectories(runs, judge):
     notes = []
     for r in runs:
         kept, r.trajectory = r.trajectory, []
-        if kept and kept["encoder"] == r.metrics["encoders"][judge]["identity"]:
+        if not kept:
+            continue
+        drawn, end, stands = kept.get("key", {}).get("settings", {}), kept["points"][-1]["step"], r.train["images_seen"] // r.train["args"]["batch_size"]
+        other = next((k for k, v in drawn.items() if r.metrics["protocol"].get(k) != v), None)
+        wrong = (f"was scored by {kept['name']}, not by this report's judge {judge}" if kept["encoder"] != r.metrics["encoders"][judge]["identity"] else
+                 f"ends at step {end:,}, the run at {stands:,}" if end != stands else
+                 f"was drawn with another {other} than the samples" if other else None)
+        if wrong:
+            notes.append(f"the trajectory of {r.folder.name} {wrong}: left out" + "; run evaluate.py --trajectory again" * ("judge" not in wrong))
+        else:
             r.trajectory = [{**p, "seconds": device_seconds(r.train, p["seconds"])} for p in kept["points"]]
-        elif kept:
-            notes.append(f"the trajectory of {r.folder.name} was scored by {kept['name']}, not by this report's judge {judge}: left out")
     if len({p["n"] for r in runs for p in r.trajectory}) > 1:
         raise common.UserError(f"{runs[0].folder / 'trajectory.json'} and others hold points at different n; run evaluate.py --trajectory for all "
                                "with one --trajectory-num")
@@ -269,7 +298,7 @@ def rows_of(runs, judge):
         values = {
             "kept": r.train["images_kept"], "steps": r.train["images_seen"] // r.train["args"]["batch_size"], "epochs": r.train["epochs"],
             "images_seen": r.train["images_seen"], "seconds": device_seconds(r.train, r.train["train_seconds"]), "preparation": total(r.preparation),
-            "n": e["n"], "fd": e["fd"], "fd_subset": e.get("fd_subset"), "fd_best": min((p["fd"] for p in r.trajectory), default=None),
+            "n": e["n"], "fd": e["fd"], "fd_subset": e.get("fd_subset"),
             "worst": classes.get("worst_fd"), "worst_n": classes.get("n"), "read": e.get("read_as_labelled"),
             **{k: e.get(k) for k in ("precision", "recall", "density", "coverage")},
             "memo": share("samples"), "memo_heldout": share("heldout"), "memo_noise": share("noise"), "memo_baseline": share("baseline"),
@@ -431,14 +460,13 @@ def answer_cost(t, reached):
             continue
         point, goal = reached[name], reached[FULL]
         if point is None:
-            seeds = "" if len(r["fd_best"]) < 2 else " in every seed"
-            out.append(f"{name}: the full run's final FD (within 5 %) was not reached{seeds}; its best is {mean(r['fd_best']):.3g}")
+            out.append(f"{name}: the full run's final FD (within 5 %) was not reached; its best is {r['best']['fd']:.3g} after {r['best']['step']:,} steps (n={r['best']['n']:,})")
             continue
         sped = ""
         if name != FULL and goal:
             sped = f"speed-up {goal['seconds'] / max(point['seconds'], 1e-9):.2f}x"
             sped += "" if prep is None else f", with preparation {goal['seconds'] / max(point['seconds'] + prep, 1e-9):.2f}x"
-        out.append(f"{name}: within 5 % of the full run's final FD after {point['step']:,.0f} steps, {point['images_seen']:,.0f} images, "
+        out.append(f"{name}: within 5 % of the full run's final FD (n={point['n']:,}) after {point['step']:,} steps, {point['images_seen']:,.0f} images, "
                    f"{point['seconds']:,.0f} s" + (f" ({sped})" if sped else ""))
     return out
 
@@ -490,18 +518,22 @@ def read_beside(files, own):
     return out
 
 
-def reach(runs, goal, within=0.05):
-    """{run name: first point of its trajectory, averaged over seeds, with FD <= (1 + within) goal, or None when a seed has none}; runs
-    without trajectory are left out.
+def averaged(runs, name):
+    """The trajectory of a run, averaged over its seeds at the steps that all of them have: [point]."""
+    per = [{p["step"]: p for p in r.trajectory} for r in runs if r.name == name and r.trajectory]
+    steps = sorted(set.intersection(*map(set, per))) if per else []
+    return [{"step": s, "n": per[0][s]["n"], **{k: statistics.fmean(p[s][k] for p in per) for k in ("images_seen", "seconds", "fd")}} for s in steps]
+
+
+def reach(runs, within=0.05):
+    """{run name: first point of its averaged trajectory with FD <= (1 + within) x the full run's last, or None}; {} without a full run's trajectory.
 
     Checkpoints are the resolution: a run reached it somewhere in the interval before the point.
     """
-    out = {}
-    for name in dict.fromkeys(r.name for r in runs if r.trajectory):
-        seeds = [r.trajectory for r in runs if r.name == name and r.trajectory]
-        first = [next((p for p in points if p["fd"] <= (1 + within) * goal), None) for points in seeds]
-        out[name] = None if None in first else {k: statistics.fmean(p[k] for p in first) for k in ("step", "images_seen", "seconds")}
-    return out
+    paths = {name: path for name in dict.fromkeys(r.name for r in runs) if (path := averaged(runs, name))}
+    if FULL not in paths:
+        return {}
+    return {name: next((p for p in path if p["fd"] <= (1 + within) * paths[FULL][-1]["fd"]), None) for name, path in paths.items()}
 
 
 # ---------------------------------------------------------------------------------------------- pictures
@@ -529,10 +561,9 @@ def look(t, name):
 
 def curve(runs, name, key):
     """(x, mean, lowest, highest FD) over the seeds of a run, at the steps that all its seeds have; x is the mean of `key`."""
-    per = [{p["step"]: p for p in r.trajectory} for r in runs if r.name == name and r.trajectory]
-    steps = sorted(set.intersection(*map(set, per)))
-    fd = np.array([[p[s]["fd"] for s in steps] for p in per])
-    return np.array([statistics.fmean(p[s][key] for p in per) for s in steps]), fd.mean(0), fd.min(0), fd.max(0)
+    path = averaged(runs, name)
+    fd = [[p["fd"] for r in runs if r.name == name for p in r.trajectory if p["step"] == point["step"]] for point in path]         # (steps, seeds)
+    return np.array([p[key] for p in path]), np.array([p["fd"] for p in path]), np.min(fd, 1), np.max(fd, 1)
 
 
 def plain_log(ax):
@@ -679,7 +710,8 @@ def legend(t, e, name):
     if any(prepared(r) is None for r in t.values()):
         text.append("*?*: a file that the run was prepared with has no record of what it cost.")
     if max(len(r["fd"]) for r in t.values()) > 1:
-        text.append("*Spread* below: half the width of the 95 % interval of a difference (Welch's t over seeds), in % of the second run's mean.")
+        text.append("*Spread* below: half the width of the 95 % interval of a difference (Welch's t over seeds), in % of the second run's mean; "
+                    "not corrected for the number of comparisons.")
     return ["", " ".join(text), ""]
 
 
@@ -777,15 +809,18 @@ def main(argv=None):
     runs = [read_run(r) for r in a.runs]
     others = read_beside(a.beside, setting_of(runs))
     judge = a.encoder or next(iter(runs[0].metrics["encoders"]))
+    seeds_of_one_run(runs)
     notes = comparable(runs, judge)
     notes += use_trajectories(runs, judge)
     t = rows_of(runs, judge)
-    goal = mean([r.trajectory[-1]["fd"] for r in runs if r.name == FULL and r.trajectory])          # its final FD, at the n of the trajectories
-    reached = reach(runs, goal) if goal is not None else {}
+    reached = reach(runs)
+    for name in reached:
+        t[name]["best"] = min(averaged(runs, name), key=lambda p: p["fd"])
     common.claim(out)
     distance = runs[0].metrics["encoders"][judge]["distance"]
     frontier(runs, t, distance, out / "frontier.png")
-    pictures = [("frontier.png", "Quality against cost: lower and further left is better")]
+    at = next((f", {p['n']:,} samples a point" for r in runs for p in r.trajectory), "")
+    pictures = [("frontier.png", f"Quality against cost: lower and further left is better{at}")]
     sample_sheet(runs, out / "samples.png")
     pictures.append(("samples.png", "Samples, the same label and start noise in each column"))
     if per_class(runs, t, judge, out / "per_class.png"):

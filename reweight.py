@@ -129,14 +129,18 @@ def load_inputs(a):
         raise common.UserError(f"--burn-in {a.burn_in}: none of the {a.steps} steps is left to average over; give fewer, or more --steps")
     if a.batch_size % common.world():
         raise common.UserError(f"--batch-size {a.batch_size} is the global batch: it must be a multiple of the {common.world()} processes")
-    settings = {**{k: ref[k] for k in SETTINGS if k in ref}, "model": a.proxy_model, "dropout": 0.0}
+    settings = {**{k: ref[k] for k in (*SETTINGS, *["depth"] * (a.proxy_model == ref["model"])) if k in ref}, "model": a.proxy_model, "dropout": 0.0}
     text = next((v[:-1] for k, v in state["ema"].items() if k.endswith("y_embedder.text")), None)          # the last row is the null class
     with torch.random.fork_rng(devices=[]), common.user_errors():
         torch.manual_seed(common.generator(a.seed, "proxy").initial_seed())       # not the initial weights of a reference with the same --seed
         proxy = models.build(settings, text)
     if a.proxy_init:
+        init, net, _ = common.open_checkpoint(a.proxy_init)
+        for k in ("process", "predict", "latent_scale"):
+            if (was := init["args"].get(k, settings.get(k))) != settings.get(k):
+                raise common.UserError(f"{a.proxy_init}: was trained with {k} = {was}, the reference with {settings.get(k)}; its weights would mean something else")
         try:
-            proxy.load_state_dict(common.open_checkpoint(a.proxy_init)[1].state_dict())
+            proxy.load_state_dict(net.state_dict())
         except (ValueError, RuntimeError) as e:
             raise common.UserError(f"{a.proxy_init}: does not fit the proxy, {a.proxy_model} on {a.data} ({str(e)[:120]}); see --proxy-model")
     return SimpleNamespace(data=d, source=source, keep=keep, counts=counts, reference=reference, process=process, proxy=proxy, settings=settings)
@@ -151,17 +155,17 @@ def uniform_rows(step, batch, seed, by_class, counts):
 
 # ---------------------------------------------------------------------------------------------- the loop
 def train_proxy(a, i, stage, device):
-    """Trains the proxy and records the excess losses. Returns (record (steps, 2, B) on rank 0, seconds)."""
+    """Trains the proxy and records the excess losses. Returns (record (steps, 2, B) on rank 0, seconds, steps skipped as not finite)."""
     s, K, B, main = i.settings, i.data.num_classes, a.batch_size, common.rank() == 0
     reference, proxy = (m.to(device, memory_format=torch.channels_last) for m in (i.reference, i.proxy.train()))
     optimizer, scaler = common.optimizer_of(proxy, a.lr, device, a.amp)
-    lam, start, seconds, bad = torch.zeros(K, dtype=torch.float64, device=device), 0, 0.0, 0
+    lam, start, seconds, bad, skipped = torch.zeros(K, dtype=torch.float64, device=device), 0, 0.0, 0, 0
     log_a = lam - math.log(K)
     part = stage.out / "excess.part.npy"
     resuming = stage.resuming and part.exists() and (stage.out / "proxy.pt").exists()
     if resuming:
         state = common.load_pt(stage.out / "proxy.pt")
-        start, seconds, log_a, lam = state["step"], state["seconds"], state["log_a"].to(device), state["lam"].to(device)
+        start, seconds, skipped, log_a, lam = state["step"], state["seconds"], state["skipped"], state["log_a"].to(device), state["lam"].to(device)
         proxy.load_state_dict(state["model"]), optimizer.load_state_dict(state["optimizer"]), scaler.load_state_dict(state["scaler"])
         common.log(f"resuming at step {start:,}")
     common.barrier()                                                  # all have looked before rank 0 makes the file
@@ -183,7 +187,10 @@ def train_proxy(a, i, stage, device):
         u, eps, flip = torch.rand(B, generator=g, device=device), torch.randn(shape, generator=g, device=device), torch.rand(B, generator=g, device=device)
         noise = torch.randn(shape, generator=g, device=device)[lo:hi] if s["latents"] else None
         y_all = labels[rows].to(device)
-        x = torch.from_numpy(i.source[i.keep[rows[lo:hi].numpy()]]).to(device)
+        x = torch.from_numpy(i.source[(at := i.keep[rows[lo:hi].numpy()])])
+        if s["latents"] and not (sound := x.isfinite().flatten(1).all(1)).all():
+            raise common.UserError(f"{i.data.folder / 'latents.npy'}: NaN or infinity in row {at[sound.tolist().index(False)]}; write the file again with data.py")
+        x = x.to(device)
         x = sample_latents(x, s["latent_scale"], noise) if s["latents"] else to_pixels(x)
         x = torch.where((flip < 0.5)[lo:hi].view(-1, 1, 1, 1), x.flip(-1), x) if a.flips else x
         x = x.contiguous(memory_format=torch.channels_last)
@@ -207,7 +214,7 @@ def train_proxy(a, i, stage, device):
         scaler.step(optimizer)                                        # leaves out a non-finite step
         scaler.update(None if a.amp == "fp16" else 1.0)
         optimizer.zero_grad(set_to_none=True)
-        bad = 0 if norm.isfinite() else bad + 1
+        bad, skipped = (0, skipped) if norm.isfinite() else (bad + 1, skipped + 1)
         if main:
             record[step] = torch.stack([excess, y_all.float()]).cpu().numpy()
         done, spent = step + 1, seconds + time.time() - clock
@@ -225,14 +232,14 @@ def train_proxy(a, i, stage, device):
             weights = proxy.state_dict()                              # there is no moving average: both names hold the same tensors
             common.save_pt(stage.out / "proxy.pt", {
                 "model": weights, "ema": weights, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "log_a": log_a.cpu(), "lam": lam.cpu(),
-                "step": done, "images_seen": done * B, "seconds": spent,
-                "args": {**{k: v for k, v in vars(a).items() if k not in ("device", "overwrite")}, **s}})
+                "step": done, "images_seen": done * B, "seconds": spent, "skipped": skipped,
+                "args": {**{k: v for k, v in vars(a).items() if k not in ("device", "overwrite")}, "label_drop": 0.0, **s}})
         if leave:
             common.log(f"stopped by SIGTERM at step {done}; run the same command again to go on")
             sys.stdout.flush()
             sys.exit(143)
     bar.close()
-    return record, spent
+    return record, spent, skipped
 
 
 def weigh(a, i, record, out):
@@ -295,8 +302,8 @@ def parse_args(argv=None):
     p.add_argument("--out", required=True, help="folder to write to")
     p.add_argument("--steps", type=common.count, help="steps of the proxy; default: the reference's")
     p.add_argument("--batch-size", type=common.batch_type, help="global batch, classes drawn uniformly; default: the reference's")
-    p.add_argument("--lr", type=common.number(above=0), help="learning rate of AdamW; default: the reference's, with its warm-up and schedule")
-    p.add_argument("--eta", type=common.number(low=0), default=1.0, help="step size of a; 1 is DoReMi's, tiny data sets need less (digits 0.05)")
+    p.add_argument("--lr", type=common.number(above=0, high=1e6), help="learning rate of AdamW; default: the reference's, with its warm-up and schedule")
+    p.add_argument("--eta", type=common.number(low=0, high=1e6), default=1.0, help="step size of a; 1 is DoReMi's, tiny data sets need less (digits 0.05)")
     p.add_argument("--smoothing", type=common.number(low=0, high=0.99), default=1e-3, help="c: share of the uniform distribution mixed into a at every step")
     p.add_argument("--burn-in", type=common.number(int, low=0), help="first steps with uniform a, not averaged; default max(200, 10 %% of the steps)")
     p.add_argument("--clip", choices=("class", "example"), default="class", help="clip at 0 after the class mean, or inside it (biased upwards)")
@@ -325,10 +332,10 @@ def main(argv=None):
         return
     if a.eta >= 10:
         common.log(f"warning: --eta {a.eta:g} lets single batches decide the weights; 1 is the published value")
-    record, seconds = train_proxy(a, i, stage, device)
-    common.log(f"proxy {seconds:,.1f} s, {a.steps * a.batch_size:,} images seen")
+    record, seconds, skipped = train_proxy(a, i, stage, device)
+    common.log(f"proxy {seconds:,.1f} s, {a.steps * a.batch_size:,} images seen, {skipped} steps skipped")
     facts = weigh(a, i, record, stage.out) if common.rank() == 0 else {}
-    stage.finish(proxy_seconds=round(seconds, 3), images_seen=a.steps * a.batch_size, **facts)
+    stage.finish(proxy_seconds=round(seconds, 3), images_seen=a.steps * a.batch_size, skipped=skipped, **facts)
 
 
 if __name__ == "__main__":

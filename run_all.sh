@@ -37,6 +37,27 @@ for list in SEEDS RUNS JUDGE SCORE KEEP; do                           # single s
     declare "$list=$(echo ${!list})"
     [ "$(tr ' ' '\n' <<<"${!list}" | sort | uniq -d)" = "" ] || refuse "$list=\"${!list}\" names something twice"
 done
+whole='0*[1-9][0-9]{0,11}' share='(0?\.[0-9]*[1-9][0-9]*|[1-9][0-9]*(\.[0-9]+)?e-[0-9]+|1(\.0*)?)'
+must() {                                                             # must NAME PATTERN WORDS: a value out of range would show hours later
+    [ -z "${!1:-}" ] || [[ ${!1} =~ ^$2$ ]] || refuse "$1=${!1}: must be $3"
+}
+for size in STEPS NUM_SAMPLES PER_CLASS NPROC SIZE; do must $size "$whole" "a whole number of at least 1"; done
+must SEEDS "[0-9]{1,18}( [0-9]{1,18})*" "whole numbers, one for each repetition"
+must KEEP "$share( $share)*" "shares of the images to keep, each above 0 and at most 1"
+must REPORT "(short|full)" "short or full"
+must TRAJECTORY "(all|$whole)" "a number of samples, or all"
+must PROCESS "(ddpm|flow)" "ddpm or flow"
+must QUICK "(0|1)" "1, or 0 for the whole"
+[ "${QUICK:-}" != 0 ] || QUICK=
+known="full random random-attach pruned pruned-dro pruned-dro-resample d2c-select d2c-select-attach"
+scores="gaussian moderate kcenter herding cluster random el2n ccs"
+encoders="inception resnet18 dinov2_vits14 dinov2_vitb14 dinov2_vitl14 clip ddae scratch pixels"
+among() {                                                            # among NAME CHOICES: each word of it must be one of them
+    local word; for word in ${!1:-}; do case " $2 " in *" $word "*) ;; *) refuse "$1: $word is none of $2" ;; esac; done
+}
+among RUNS "$known"; among SCORE "$scores"; among SURROGATE "$encoders"; among VISUAL "none $encoders"; among JUDGE "$encoders"
+case " ${JUDGE:-} " in *" ddae "*) [ -n "${JUDGE_WEIGHTS:-}" ] || refuse "JUDGE=$JUDGE: ddae needs JUDGE_WEIGHTS=CHECKPOINT, a model that neither selected nor is judged" ;; esac
+case "$what" in digits|imagenet) [ -z "${SIZE:-}" ] || refuse "SIZE=$SIZE does nothing with $what" ;; esac
 cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")"
 
 # ------------------------------------------------------------------ a Python that has what requirements.txt asks for
@@ -60,8 +81,11 @@ fi
 # ------------------------------------------------------------------ sizes
 dro="" sampler="--cfg 1.5" train="" preset=()                         # defaults of DRO, SAMPLER and TRAIN
 if [ -n "${QUICK:-}" ]; then                                          # short runs; the learning rate must be up within them
-    : "${STEPS:=4000}" "${NUM_SAMPLES:=5000}" "${KEEP=0.1}" "${JUDGE:=scratch}" "${SCORE:=gaussian}" "${TRAJECTORY:=2000}" "${RUNS:=full random pruned random-attach d2c-select d2c-select-attach}"
-    train="--warmup 500 --checkpoint-every 1000"
+    : "${KEEP=0.1}" "${JUDGE:=scratch}" "${SCORE:=gaussian}" "${TRAJECTORY:=2000}" "${RUNS:=full random pruned random-attach d2c-select d2c-select-attach}"
+    if [ "$what" != digits ]; then
+        : "${STEPS:=4000}" "${NUM_SAMPLES:=5000}"
+        train="--warmup 500 --checkpoint-every 1000"
+    fi
 fi
 case "$what" in
 digits)  NAME=digits; source=(digits); preset=(--preset digits); : "${STEPS:=800}" "${PER_CLASS:=15}" "${NUM_SAMPLES:=1000}" "${KEEP:=}"
@@ -69,20 +93,21 @@ digits)  NAME=digits; source=(digits); preset=(--preset digits); : "${STEPS:=800
          [ "${PROCESS:-flow}" = flow ] || sampler="--sampler dpm++ --steps 20 --cfg 1.5"
          case "${MODEL:-}" in unet*) train="$train --lr 1e-3" ;; esac          # the preset's rate is the tiny SiT's
          dro="--eta 0.05 --steps 400 --batch-size 64" ;;
-cifar10) NAME=cifar10; source=(cifar10 ${ROOT:+--root "$ROOT"}); preset=(--preset cifar10); : "${STEPS:=20000}" "${PER_CLASS:=100}" "${NUM_SAMPLES:=10000}" "${KEEP:=0.1 0.4}" "${SCORE:=gaussian moderate}" ;;
+cifar10) NAME=cifar10${SIZE:+-$SIZE}; source=(cifar10 ${ROOT:+--root "$ROOT"} ${SIZE:+--size "$SIZE"})
+         [ "${SIZE:-32}" -le 16 ] || preset=(--preset cifar10)                 # small images: the preset that fits them
+         : "${STEPS:=20000}" "${PER_CLASS:=100}" "${NUM_SAMPLES:=10000}" "${KEEP:=0.1 0.4}" "${SCORE:=gaussian moderate}" ;;
 imagenet) NAME=imagenet; preset=(--preset imagenet); sampler="--sampler sde --steps 250 --cfg 1.5"
          : "${STEPS:=40000}" "${PER_CLASS:=10}" "${INTERVAL:=96}" "${NUM_SAMPLES:=50000}" "${KEEP:=}" "${RUNS:=random random-attach d2c-select d2c-select-attach}"
          : "${TEXT:=google/flan-t5-xl}" "${VISUAL:=dinov2_vitb14}" "${JUDGE:=inception}" ;;
 *)       NAME=$(basename "${what%.npz}"); case "$NAME" in digits|cifar10|imagenet) NAME=my-$NAME ;; esac
+         [ ! "data/$NAME" -ef "$what" ] || NAME=my-$NAME              # photos in data/photos are not overwritten by what is made of them
          source=("$what" ${SIZE:+--size "$SIZE"}); : "${STEPS:=20000}" "${PER_CLASS:=100}" "${NUM_SAMPLES:=10000}" "${KEEP:=0.1}"
          : "${TEXT:=none}" ;;                                         # minilm knows the class names of digits, CIFAR and ImageNet only
 esac
 : "${SEEDS:=0}" "${NPROC:=1}" "${DEVICE:=auto}" "${REPORT:=short}" "${RUNS:=full random random-attach pruned pruned-dro d2c-select d2c-select-attach}"
 [ "$REPORT" != full ] || RUNS="$RUNS pruned-dro-resample" TRAJECTORY=${TRAJECTORY:-all}          # the other way to use the weights
 : "${DRO=$dro}" "${SAMPLER=$sampler}" "${TRAJECTORY:=}" "${TEXT:=minilm}" "${VISUAL:=ddae}" "${SCORE:=gaussian}" "${INTERVAL:=auto}" "${JUDGE:=scratch pixels}"
-TRAIN="$train${TRAIN:+ $TRAIN}"                                       # of a flag given twice the last counts
-known="full random random-attach pruned pruned-dro pruned-dro-resample d2c-select d2c-select-attach"
-for run in $RUNS; do case " $known " in *" $run "*) ;; *) refuse "RUNS: $run is none of $known" ;; esac; done
+TRAIN="$train${train:+${TRAIN:+ }}${TRAIN:-}"                                       # of a flag given twice the last counts
 data=data/$NAME out=${OUT:-runs/$NAME${QUICK:+-quick}${MODEL:+-${MODEL//\//_}}${PROCESS:+-$PROCESS}}
 budgets=()                                                            # what pruning keeps; digits: as much as D2C, so that one random row serves both
 for k in $KEEP; do budgets+=("--keep $k"); done
@@ -153,11 +178,13 @@ EOF
 
 # ------------------------------------------------------------------ one output folder, one set of sizes
 mkdir -p "$out"
-for size in STEPS NUM_SAMPLES SAMPLER TRAIN; do                            # another size would leave half of the runs at the old one
+sizes=
+while read -r size script; do                                              # another size would leave half of the runs at the old one
     now=$size=${!size} old=$(grep "^$size=" "$out/sizes.txt" 2>/dev/null || true)
-    [ -n "$old" ] || echo "$now" >>"$out/sizes.txt"
-    [ "${old:-$now}" = "$now" ] || refuse "$out was made with $old, now $now; use OUT=another folder, or remove $out"
-done
+    [ "${old:-$now}" = "$now" ] || ! compgen -G "$out/*/$script.args.json" >/dev/null || refuse "$out was made with $old, now $now; use OUT=another folder, or remove $out"
+    sizes+=$now$'\n'
+done <<<$'STEPS train\nTRAIN train\nNUM_SAMPLES sample\nSAMPLER sample'
+printf %s "$sizes" >"$out/sizes.txt"
 measured=() planned=() dry=
 
 # ------------------------------------------------------------------ ImageNet 256 as the D2C paper has it (Huang et al. 2025, section 4; methods of scoring and attaching: README)

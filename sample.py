@@ -108,6 +108,10 @@ def main(argv=None):
     a.steps = a.steps or DEFAULT_SAMPLER[process.name][1]
     if a.sampler not in SAMPLERS[process.name]:
         raise common.UserError(f"--sampler {a.sampler}: {a.checkpoint} is a {process.name} model; choose one of {', '.join(SAMPLERS[process.name])}")
+    if a.sampler in ("ancestral", "ddim") and a.steps > process.T:
+        raise common.UserError(f"--steps {a.steps}: {a.sampler} has the {process.T} steps of {a.checkpoint} at most; ask for no more")
+    if a.cfg != 1 and settings.get("label_drop") == 0:
+        raise common.UserError(f"--cfg {a.cfg:g}: {a.checkpoint} was trained without label dropout and knows no null class to guide from; use --cfg 1")
     if a.cfg_interval[0] > a.cfg_interval[1]:
         raise common.UserError(f"--cfg-interval {a.cfg_interval[0]:g} {a.cfg_interval[1]:g}: the first must not be larger; 0 is data, 1 is noise")
     vae = open_vae(a, settings, device)
@@ -117,7 +121,8 @@ def main(argv=None):
         common.need_disk(out, math.prod(shape))
     y = make_labels(a.labels, a.num, model.num_classes, a.seed)
     outputs = ["samples.npy", "sample_labels.npy"] + ["samples.npz"] * a.npz
-    stage = common.Stage("sample", a.out, a, {"checkpoint": a.checkpoint}, outputs, ("batch_size", "npz"), a.overwrite,
+    labels = None if a.labels in ("balanced", "random") else a.labels
+    stage = common.Stage("sample", a.out, a, {"checkpoint": a.checkpoint, "labels": labels}, outputs, ("batch_size", "npz"), a.overwrite,
                          stale=("samples*.np[yz]", "grid.png"), scraps=("samples.seconds.json",))
     if stage.done:
         return

@@ -43,6 +43,8 @@ PRESETS = {
 }
 MAX_BAD_STEPS = 20                                                    # non-finite steps in a row before the run stops
 MAX_LOSS = 100.0                                                      # mean pixel loss that only a diverged network has
+WRITES = ("last.pt", "step_*.pt", "samples_*.png", "stats.jsonl", "loss.png")
+DRAWN = ("samples.np[yz]", "sample_labels.npy", "grid.png", "nearest.png", "metrics.json", "trajectory.json", "sample.args.json", "evaluate.args.json")     # from its weights
 
 
 # ---------------------------------------------------------------------------------------------- what step n sees
@@ -153,15 +155,20 @@ def load_inputs(a):
     for k, v in PRESETS[a.preset].items():
         if getattr(a, k) is None:
             setattr(a, k, v)
+    if a.dropout is not None and not a.model.startswith("unet"):
+        raise common.UserError(f"--dropout does nothing in {a.model}; leave it out")
+    if a.reweight_mode == "resample" and not a.weights:
+        raise common.UserError("--reweight-mode resample says how --weights are used; give --weights, or leave it out")
+    if a.sample_every and d.latents is not None:
+        raise common.UserError("--sample-every draws no pictures of latents; leave it out, and use sample.py on a checkpoint")
     if a.batch_size % (common.world() * a.accumulate):
         raise common.UserError(f"--batch-size {a.batch_size} is the global batch: it must be a multiple of processes x --accumulate = {common.world()} x {a.accumulate}")
     i = argparse.Namespace(data=d, attach=None, text=None, mask=None, visual=None, weights=None, init=init)
     i.keep = np.arange(len(d.labels))
     if a.attach:
         attach = Path(a.attach)
-        record = common.load_record(attach / "attach.args.json")
-        if record["inputs"].get("data") != d.info["sha256"]:
-            raise common.UserError(f"{attach}: was made from another data set than {a.data} ({d.info['name']}); run attach.py on this one")
+        common.load_record(attach / "attach.args.json")               # must be there
+        common.check_origin(attach / "keep.npy", d)
         i.keep = common.load_indices(attach / "keep.npy", len(d.labels), d.labels, d.num_classes)
         if a.indices and not np.array_equal(common.load_indices(a.indices, len(d.labels)), i.keep):
             raise common.UserError(f"{a.indices}: holds other indices than {attach / 'keep.npy'}, to which the attachments belong; leave --indices out")
@@ -340,12 +347,14 @@ def train(a, i, stage, device):
     budget = device_budget(device)
     images = Rows(source, i.keep, device, budget)
     visual = Rows(i.visual, np.arange(M), device, budget - images.resident * source[:1].nbytes * M) if i.visual is not None else None
-    constant = mean_token_cosine(i.visual[:4096]) if visual else None
+    constant = mean_token_cosine(i.visual[:4096], model.grid ** 2) if visual else None
     labels = torch.from_numpy(i.labels).to(device)
     counts = torch.from_numpy(np.bincount(i.labels, minlength=d.num_classes)).double()
     resample = i.weights is not None and a.reweight_mode == "resample"
     order = Order(M, B, a.seed, i.labels, i.weights * counts / (i.weights * counts).sum() if resample else None)
     class_weight = None if i.weights is None or resample else i.weights.float().to(device)
+    if i.weights is not None and abs(at := (i.weights * counts).sum().item() / M - 1) > 1e-3:
+        common.log(f"note: {a.weights} averages {at + 1:.3f} over these images, not 1: it was made for another kept set")
     wrapped = torch.compile(net) if a.compile else net
     if common.world() > 1:
         wrapped = nn.parallel.DistributedDataParallel(wrapped, broadcast_buffers=False,          # the text table never changes
@@ -490,7 +499,7 @@ def parse_args(argv=None):
     p.add_argument("--weights", help="weights.npy of reweight.py: class weights")
     p.add_argument("--reweight-mode", choices=("loss", "resample"), default="loss", help="class weights multiply the loss, or set how often a class is drawn")
     p.add_argument("--attach", help="folder of attach.py: its kept images, text conditions and visual tokens")
-    p.add_argument("--align", type=common.number(low=0), default=0.5, help="lambda of the alignment loss, 0 leaves it out")
+    p.add_argument("--align", type=common.number(low=0, high=1000), default=0.5, help="lambda of the alignment loss, 0 leaves it out")
     p.add_argument("--preset", choices=PRESETS, help="recipe that fills the flags left out; default by image size")
     p.add_argument("--model", choices=models.MODELS, help="network")
     p.add_argument("--process", choices=("ddpm", "flow"), help="diffusion process")
@@ -500,15 +509,15 @@ def parse_args(argv=None):
     p.add_argument("--steps", type=common.number(int, low=0, high=2**40), help="optimizer steps in all")
     p.add_argument("--batch-size", type=common.batch_type, help="global batch, over all processes and accumulated parts")
     p.add_argument("--accumulate", type=common.count, default=1, help="parts into which each process cuts its share of a batch")
-    p.add_argument("--lr", type=common.number(above=0), help="learning rate of AdamW (weight decay 0)")
+    p.add_argument("--lr", type=common.number(above=0, high=1e6), help="learning rate of AdamW (weight decay 0)")
     p.add_argument("--schedule", choices=("constant", "cosine"), help="learning rate after the warm-up; a cosine run cannot be prolonged")
     p.add_argument("--warmup", type=common.number(int, low=0), help="steps of linear warm-up")
     p.add_argument("--ema", type=common.number(low=0, high=1), help="decay of the weights' moving average")
     p.add_argument("--label-drop", type=common.number(low=0, high=1), default=0.1, help="share of samples trained without label and text")
-    p.add_argument("--grad-clip", type=common.number(low=0), default=1.0, help="largest gradient norm, 0 for no clipping")
+    p.add_argument("--grad-clip", type=common.number(low=0, high=1e6), default=1.0, help="largest gradient norm, 0 for no clipping")
     p.add_argument("--flips", action=argparse.BooleanOptionalAction, help="mirror half of the images")
     p.add_argument("--dropout", type=common.number(low=0, high=0.99), help="dropout inside a U-Net; default: the network's own")
-    p.add_argument("--class-std", type=common.number(above=0), help="spread of the initial class embedding")
+    p.add_argument("--class-std", type=common.number(above=0, high=100), help="spread of the initial class embedding")
     p.add_argument("--amp", choices=common.AMP, help="precision of the forward and backward pass")
     p.add_argument("--compile", action="store_true", help="torch.compile: minutes at the start, faster steps on a GPU")
     p.add_argument("--recompute", action="store_true", help="activation checkpointing: a third slower, far less memory")
@@ -517,7 +526,7 @@ def parse_args(argv=None):
     p.add_argument("--log-every", type=common.count, default=50, help="steps between log lines")
     p.add_argument("--seed", type=common.seed_type, default=0, help="seed of everything random")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    p.add_argument("--overwrite", action="store_true", help="start again in a folder that holds another run")
+    p.add_argument("--overwrite", action="store_true", help="start again in a folder that holds another run; its samples and figures go too")
     a = p.parse_args(argv)
     a.flips_asked = a.flips is True
     return a
@@ -533,7 +542,8 @@ def main(argv=None):
     free = ["checkpoint_every", "sample_every", "log_every", "flips_asked"] + ["steps"] * (a.schedule == "constant")
     attached = {f"attach_{n}": Path(a.attach) / f"{n}.npy" for n in ("keep", "text", "visual") if a.attach and (Path(a.attach) / f"{n}.npy").exists()}
     inputs, last = {"data": i.data.info, "indices": a.indices, "weights": a.weights, "init": a.init, **attached}, Path(a.out) / "last.pt"
-    stage = common.Stage("train", a.out, a, inputs, ("last.pt", "loss.png"), free, a.overwrite, stale=("last.pt", "step_*.pt", "samples_*.png", "stats.jsonl", "loss.png"),
+    again = (Path(a.out) / "train.args.json").exists()                # the samples and figures of a run that is made anew must not pass for the new run's
+    stage = common.Stage("train", a.out, a, inputs, ("last.pt", "loss.png"), free, a.overwrite, stale=WRITES + DRAWN * again,
                          ready=lambda: steps_left(last, common.load_pt(last)["step"], a.steps) == 0)
     if stage.done:
         return

@@ -81,13 +81,15 @@ def alignment_loss(projected, v):
         return -(F.normalize(projected.float(), dim=-1) * F.normalize(v.float(), dim=-1)).sum(-1).mean(-1)     # (n,)
 
 
-def mean_token_cosine(v, rows=1024):
-    """The mean cosine that ONE constant vector reaches against all tokens v (..., d): |mean of the unit tokens|. An alignment below it has learned nothing."""
+def mean_token_cosine(v, tokens=None, rows=1024):
+    """The mean cosine that ONE constant vector reaches against all tokens v (..., T, d): |mean of the unit tokens|. An alignment below it has learned
+    nothing. tokens: how many the model aligns an image to, where that is not T: averaged tokens are more alike."""
     total, n = 0, 0
     for lo in range(0, len(v), rows):                                 # in float32 only block by block: v may be a large memory map
         block = v[lo:lo + rows]
         block = block if torch.is_tensor(block) else torch.from_numpy(np.array(block))        # a copy: memory maps are read-only
-        unit = F.normalize(block.float(), dim=-1).flatten(0, -2)
+        block = block.float() if tokens is None else match_grid(block.float().flatten(0, -3), tokens)
+        unit = F.normalize(block, dim=-1).flatten(0, -2)
         total, n = total + unit.double().sum(0), n + len(unit)
     return (total / n).norm().item()
 

@@ -164,7 +164,7 @@ def _read(name, weights):
         raise FileNotFoundError(f"{weights}: no such file; encoder {name} expects its weights there" + (f" (official file: {url})" if url else ""))
     try:
         if weights is None:
-            return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
+            return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True, check_hash=True)       # where the name carries one
         state = torch.load(place, map_location="cpu", weights_only=True)
     except Exception as e:                                            # no network: URLError and its kin; a damaged file: torch raises many kinds
         if not place.is_file():
@@ -415,6 +415,8 @@ class Ddae(nn.Module):
         super().__init__()
         from models import from_checkpoint
         self.net, self.process = from_checkpoint(state, ema=True)
+        if state["args"].get("label_drop") == 0:
+            raise ValueError("the checkpoint was trained without label dropout (--label-drop 0), and the null class, with which images are encoded, means nothing to it")
         self.channels, self.size = self.net.channels, self.net.size
         if self.channels not in (1, 3):
             raise ValueError(f"the checkpoint works on latents of {self.channels} channels; features need one that was trained on pixels")

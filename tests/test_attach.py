@@ -548,6 +548,7 @@ MISTAKES = [
     (["--difficulty", "SHORT", "--per-class", 3], "(29)"),
     (["--difficulty", "NANS", "--per-class", 3], "row 7"),
     (["--difficulty", "OTHER", "--per-class", 3], "another data set"),
+    (["--difficulty", "KEEP", "--reference", "CK", "--per-class", 3], "--reference would not score"),
     (["--select", "all", "--visual", "ddae"], "--visual ddae needs"),
     (["--select", "all", "--visual", "ddae", "--visual-weights", "MISSING"], "no such file"),
     (["--select", "all", "--visual", "ddae", "--visual-weights", "KEEP"], "keep.npy"),

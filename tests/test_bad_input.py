@@ -452,6 +452,10 @@ for name, damage, words in (
         ("integers", put("f.npy", np.ones((27, 4), I64)), "int64"), ("images", swap("f.npy", "data/images.npy"), "uint8"), ("pickled", bomb_npy("f.npy"), "")):
     case(f"features {name}", "prune", damage, "" if name == "infinite" else f"f.npy|{words}", f"--features {'features' if name == 'infinite' else 'f'}.npy", G)
 case("features too large", "prune", put("f.npy", lambda: np.random.default_rng(0).normal(size=(27, 4)) * 1e200), "features", "--features f.npy", G)
+case("features of another data set", "prune", both(swap("prune/f.npy", "features.npy"), holds("prune/prune.args.json", "inputs", "data", "0" * 64)),
+     "f.npy|another data set|data (tiny)", "--features prune/f.npy", G)
+case("scores of another data set", "prune", holds("prune/prune.args.json", "inputs", "data", "0" * 64), "scores.npy|another data set", "",
+     "--data data --scores prune/scores.npy --keep 0.5 --out out")
 case("features with a bad note", "prune", put("features.seconds.json", [3]), "features.seconds.json", "--features features.npy", G)
 case("features with a text note", "prune", put("features.seconds.json", '"x"'), "features.seconds.json", "--features features.npy", G)
 for name, damage, words in (("absent", nothing, "no such file"), ("NaN", put("s.npy", np.full(27, np.nan)), "row 0"),
@@ -782,11 +786,16 @@ NUMBERS = {script: re.findall(r'add_argument\("(--[\w-]+)"[^\n]*type=(?:common\.
            for script in COMMANDS}
 
 
+# Where nothing is a number like any other: no steps yet, none of it, as little as that.
+ZERO = set("--steps --align --warmup --ema --label-drop --grad-clip --dropout --checkpoint-every --sample-every --eta --smoothing --burn-in --cfg --cfg-interval "
+           "--bootstrap --seed".split())
+
+
 @pytest.mark.parametrize("script, flag", [(s, f) for s, flags in NUMBERS.items() for f in flags])
 def test_absurd_numbers(script, flag, world):
     """Every flag that takes a number refuses what is none before anything is read or written."""
     before = snapshot(".")
-    for value in ("", "nan", "inf", "-1", "1e999", "abc", "1,5", "9" * 5000, "0x10", "None"):
+    for value in ("", "nan", "inf", "-1", "1e999", "1e30", "abc", "1,5", "9" * 5000, "0x10", "None", *["0"] * (flag not in ZERO)):
         with pytest.raises(SystemExit) as e, contextlib.redirect_stderr(io.StringIO()) as err:
             run(script, [*COMMANDS[script].split(), f"{flag}={value}", *["0.5"] * (flag == "--cfg-interval")])
         assert e.value.code == 2 and flag in err.getvalue() and err.getvalue().count("\n") == 1 and "see --help" in err.getvalue()

@@ -196,6 +196,17 @@ def test_mean_token_cosine_is_what_the_best_constant_reaches():
     assert abs(mean_token_cosine(np.ones((2, 3, 4), np.float16)) - 1) < 1e-6
 
 
+@pytest.mark.parametrize("shape", [(40, 16, 8), (20, 2, 16, 8)])
+def test_the_constant_is_measured_on_the_grid_that_is_aligned_to(shape):
+    """Tokens averaged to a coarser grid lose their noise: a constant reaches far more there, and that is what an alignment has to beat."""
+    v = (np.random.default_rng(3).standard_normal(shape) + 0.5).astype(np.float16)
+    flat = torch.from_numpy(v.astype(np.float32)).reshape(-1, 16, 8)
+    coarse = torch.stack([match_grid(x[None], 4)[0] for x in flat])
+    unit = coarse / coarse.norm(dim=-1, keepdim=True)
+    assert mean_token_cosine(v, 4) == pytest.approx(unit.reshape(-1, 8).mean(0).norm().item(), abs=1e-5)
+    assert mean_token_cosine(v, 16) == pytest.approx(mean_token_cosine(v), abs=1e-6) and mean_token_cosine(v, 4) > 1.3 * mean_token_cosine(v)
+
+
 def test_align_depth():
     assert {d: align_depth(d) for d in (1, 2, 3, 4, 5, 7, 8, 12, 24, 28)} == {1: 1, 2: 1, 3: 1, 4: 2, 5: 2, 7: 2, 8: 8, 12: 8, 24: 8, 28: 8}
 

@@ -1,4 +1,5 @@
 """Encoders: the real loading code on small random models in the real file formats, each against an independent forward."""
+import hashlib
 import math
 import urllib.error
 
@@ -6,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 
 from models import encoders
 
@@ -224,6 +226,21 @@ def test_downloaded_state_is_used(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda url, **kw: asked.append((url, kw["weights_only"])) or state)
     enc = encoders.load("dinov2_vits14", "cpu")
     assert asked == [(encoders.URLS["dinov2_vits14"], True)] and enc.width == 64
+
+
+def test_a_download_that_is_not_what_its_name_promises_is_refused(tmp_path, monkeypatch):
+    """The official file names carry the first digits of their sha256: resnet18-f37072fd.pth."""
+    torch.save(torchvision.models.resnet18(weights=None).state_dict(), tmp_path / "resnet18-00000000.pth")
+    good = hashlib.sha256((tmp_path / "resnet18-00000000.pth").read_bytes()).hexdigest()[:8]
+    (tmp_path / f"resnet18-{good}.pth").write_bytes((tmp_path / "resnet18-00000000.pth").read_bytes())
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setitem(encoders.URLS, "resnet18", (tmp_path / "resnet18-00000000.pth").as_uri())
+    with pytest.raises(FileNotFoundError, match="invalid hash value"):
+        encoders.load("resnet18", "cpu")
+    assert not list(tmp_path.glob("hub/checkpoints/*"))
+    monkeypatch.setitem(encoders.URLS, "resnet18", (tmp_path / f"resnet18-{good}.pth").as_uri())
+    assert encoders.load("resnet18", "cpu").width == 512
+    assert {name for name, url in encoders.URLS.items() if torch.hub.HASH_REGEX.search(url.rsplit("/", 1)[1])} == {"inception", "resnet18"}
 
 
 def test_bad_files_are_refused_in_one_line(tmp_path):

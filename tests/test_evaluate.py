@@ -267,6 +267,11 @@ def test_second_encoder_joins_the_first(world, capsys):
         assert list(b["encoders"]) == ["scratch", "pixels"] and b["encoders"]["scratch"] == a["encoders"]["scratch"]
         assert b["memorisation"]["scratch"] == a["memorisation"]["scratch"]
         assert b["memorisation"]["pixels"] == a["memorisation"]["pixels"]       # the space of raw pixels, not the encoder of that name
+    fewer = run(world, "--num", "20", encoder="scratch")[1]["memorisation"]
+    assert fewer["n"] == 20 and set(fewer) & {"scratch", "pixels"} == {"scratch", "pixels"} and fewer["scratch"] != first[1]["memorisation"]["scratch"]
+    only = run(world, "--num", "30", encoder="pixels")[1]["memorisation"]
+    assert only["n"] == 30 and "scratch" not in only                  # one n for all spaces: it says how far a share may lie from one half
+    run(world, "--overwrite"), run(world, "--overwrite", encoder="pixels")
     stamps = [(world / r / "metrics.json").stat().st_mtime_ns for r in ("full", "small")]
     capsys.readouterr()
     run(world), run(world, encoder="pixels")
@@ -517,6 +522,7 @@ def test_trajectory_draws_as_sample_py_did(world):
 
 def test_trajectory_refusals(world, capsys):
     refused(capsys, lambda: run(world, "--trajectory", "--trajectory-num", "41"), "40 samples", "--trajectory-num 41")
+    refused(capsys, lambda: run(world, "--trajectory", "--encoder", "scratch", "pixels"), "one --encoder")
     for f in (world / "full").glob("step_*.pt"):
         f.unlink()
     refused(capsys, lambda: run(world, "--trajectory", runs=("full",)), "no step_*.pt", "--checkpoint-every", absent=[world / "full" / "trajectory.json", world / "full" / "evaluate.args.json"])
@@ -572,6 +578,8 @@ def test_bad_runs(world, capsys):
     data_folder(world / "other", seed=9, name="stripes")
     refused(capsys, lambda: evaluate.main(["--data", str(world / "other"), "--runs", str(world / "full"), "--encoder", "pixels", "--device", "cpu"]), "bars", "stripes", absent=nothing)
     refused(capsys, lambda: run(world, "--samples", "x"), "either --runs", absent=nothing)
+    refused(capsys, lambda: run(world, runs=("full", "small", "full")), "full is named twice", absent=nothing)
+    refused(capsys, lambda: outside(world, world / "data/test_images.npy", out="full"), "is a run of train.py", absent=nothing)
     refused(capsys, lambda: run(world, "--encoder-weights", "a", "b"), "--encoder-weights", absent=nothing)
     refused(capsys, lambda: run(world, "--encoder-weights", str(world / "none.pth"), encoder="inception"), "none.pth", absent=nothing)
 

@@ -280,6 +280,16 @@ def test_audit_controls_on_digits():
     assert 1e-3 < a["heldout"]["spread"] < 0.1
 
 
+def test_audit_of_vectors_that_stay_on_a_device_is_the_same():
+    """On a GPU the vectors are tensors there, and their rows are converted where they lie."""
+    train, y, held, _ = digits()
+    keep = pick(y, 5)
+    rest = np.setdiff1d(np.arange(1500), keep)
+    args = held[:60], train[keep], y[keep], train[rest], y[rest]
+    a, b = (M.memorisation_audit(encode, *args, heldout=held[60:90], draws=3) for encode in (pixels, lambda x: torch.from_numpy(pixels(x))))
+    assert a == b
+
+
 def test_audit_of_a_model_of_the_full_set():
     """The held-out split is the pool; the training set is redrawn. A perfect copier reaches about 0.5 + 297/1500/2, as documented."""
     train, y, held, y_held = digits()

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -228,7 +229,7 @@ def test_counts_are_exact_for_every_score_and_ratio(seed):
     for name in prune.SCORES:
         for keep in (0.01, 0.1, 0.5, rng.random(), 1.0):
             m = prune.counts_to_keep(sizes, keep)
-            assert m.tolist() == [max(1, math.floor(keep * s + 0.5)) for s in sizes]
+            assert m.tolist() == [max(1, math.floor(Fraction(repr(float(keep))) * int(s) + Fraction(1, 2))) for s in sizes]
             scores = prune.score_all(name, groups, m, tie, seed, z, difficulty)
             kept = prune.top(scores, groups, m, tie)
             assert scores.shape == (n,) and scores.dtype == np.float64 and kept.dtype == np.int64 and not np.isnan(scores).any()
@@ -244,7 +245,33 @@ def test_counts_are_exact_for_every_score_and_ratio(seed):
 def test_ties_are_broken_by_the_seed():
     groups, m = np.zeros(100, np.int64), np.array([30])
     a, b = (prune.top(np.zeros(100), groups, m, tie_of(100, s)) for s in (0, 1))
-    assert (a == np.sort(np.argsort(tie_of(100, 0))[:30])).all() and not (a == b).all() and a[0] != 0 or a[-1] != 29
+    assert (a == np.sort(np.argsort(tie_of(100, 0))[:30])).all() and not (a == b).all() and (a[0] != 0 or a[-1] != 29)
+
+
+def test_a_half_is_rounded_up():
+    assert prune.counts_to_keep([90, 170, 330, 50, 1, 5000], 0.35).tolist() == [32, 60, 116, 18, 1, 1750]       # 0.35 * 90 < 31.5 in floats
+    assert prune.counts_to_keep([50, 10], 0.29).tolist() == [15, 3] and prune.counts_to_keep([1797], 1e-9).tolist() == [1]
+
+
+@pytest.mark.parametrize("name", ["gaussian", "moderate"])
+def test_global_scope_measures_within_the_class_and_ranks_all(name):
+    """Classes far apart: a Gaussian or a median of the whole set would tell classes apart, not the typical from the odd within each."""
+    from sklearn.mixture import GaussianMixture
+    rng = np.random.default_rng(2)
+    labels = rng.permutation(np.repeat([0, 1, 2], [40, 60, 80]))
+    z = rng.normal(size=(180, 3)) * (1 + labels[:, None]) + 50 * labels[:, None]
+    tie, want = tie_of(180), np.empty(180)
+    for c in range(3):
+        x = z[labels == c]
+        if name == "gaussian":
+            want[labels == c] = GaussianMixture(1, reg_covar=1e-5).fit(x).score_samples(x)
+        else:
+            want[labels == c] = np.sqrt(((x - np.median(x, 0)) ** 2).sum(1))
+    if name == "moderate":                                            # one sort over all classes, as the published code does
+        order = sorted(range(180), key=lambda i: (want[i], tie[i]))
+        want = np.array([-abs(order.index(i) - 89.5) for i in range(180)])
+    got = prune.score_all(name, np.zeros(180, np.int64), np.array([18]), tie, 0, z, labels=labels)
+    np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------- the script
@@ -300,10 +327,11 @@ def test_scope_and_per_class(data, tmp_path):
     z = features(29, 4)
     np.save(tmp_path / "z.npy", z)
     scores, keep = run(data, tmp_path / "a", "--features", tmp_path / "z.npy", "--score", "gaussian", "--scope", "global", "--keep", 0.5)
-    np.testing.assert_allclose(scores, prune.gaussian_score(z))
-    assert set(keep) == set(np.argsort(-scores)[:15])                 # floor(14.5 + 0.5)
-    scores, keep = run(data, tmp_path / "b", "--features", tmp_path / "z.npy", "--score", "kcenter", "--per-class", 6)
     labels = np.load(data / "labels.npy")
+    for c in range(3):                                                # measured within the class ...
+        np.testing.assert_allclose(scores[labels == c], prune.gaussian_score(z[labels == c]))
+    assert set(keep) == set(np.argsort(-scores)[:15])                 # ... ranked over all: floor(14.5 + 0.5)
+    scores, keep = run(data, tmp_path / "b", "--features", tmp_path / "z.npy", "--score", "kcenter", "--per-class", 6)
     assert np.bincount(labels[keep]).tolist() == [6, 6, 6] and np.isfinite(scores).sum() == 18
     assert (np.isfinite(scores[labels == 2])).all()                   # all six of the smallest class
     again, kept = run(data, tmp_path / "c", "--scores", tmp_path / "b" / "scores.npy", "--per-class", 2)
@@ -391,7 +419,7 @@ def test_scratch_is_trained_once_and_kept_with_the_data(data, tmp_path, monkeypa
 def test_thin_classes_are_warned_of_once(data, tmp_path, capsys):
     np.save(tmp_path / "z.npy", features(29, 9))
     run(data, tmp_path / "a", "--features", tmp_path / "z.npy", "--score", "gaussian", "--keep", 0.5)
-    assert capsys.readouterr().out.count("warning: 2 of 3 groups") == 1                            # 9 and 6 images, 9 columns
+    assert capsys.readouterr().out.count("warning: 2 of 3 classes") == 1                            # 9 and 6 images, 9 columns
 
 
 def test_bad_input_is_one_line_and_writes_nothing(data, tmp_path, capsys, no_training):

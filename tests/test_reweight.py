@@ -220,6 +220,7 @@ def test_equal_proxy_and_reference_have_no_excess(kit):
     """Both see the same images, times and noise, without dropout: a proxy that starts as the reference starts at exactly zero."""
     e = load(run(kit, "same", "--proxy-init", kit[1], "--steps", 2, "--burn-in", 0))["excess"][:, 0]
     assert (e[0] == 0).all() and (e[1] != 0).any()
+    assert common.load_pt(kit[0] / "same/proxy.pt")["args"]["label_drop"] == 0            # it never sees the null class: no guidance from it
 
 
 def test_stopped_run_resumes_bit_equal(kit, straight, monkeypatch):
@@ -310,13 +311,14 @@ def test_warnings(kit, capsys):
     (["--indices", "BAD_INDICES"], "0..59"), (["--indices", "NO_CAT"], "class 2 keeps no image"), (["--reference", "OTHER_DATA"], "other_sha"),
     (["--reference", "OTHER_CLASSES"], "num_classes"), (["--reference", "OTHER_SIZE"], "size"), (["--reference", "OTHER_CHANNELS"], "channels"),
     (["--reference", "NOT_A_CKPT"], "not a checkpoint"), (["--proxy-init", "OTHER_CLASSES"], "does not fit the proxy"),
+    (["--proxy-init", "OTHER_PROCESS"], "process = ddpm, the reference with flow"),
     (["--reference", "WORD_FOR_LR"], "'lr' is a str"), (["--reference", "NEW_AMP"], "amp = 'fp4'"), (["--reference", "NO_WARMUP"], "does not say with which warmup"),
     (["--proxy-model", "SiT-T/8"], "patch size 8"), (["--out", "A_FILE"], "a file stands")])
 def test_bad_input(kit, flags, says, capsys):
     root, _ = kit
     make = {"BAD_INDICES": lambda p: np.save(p, np.array([0, 99])), "NEW_AMP": lambda p: make_reference(p, None, amp="fp4"), "NO_CAT": lambda p: np.save(p, np.arange(40)),
             "OTHER_DATA": lambda p: make_reference(p, None, data_sha256="other_sha"), "OTHER_CLASSES": lambda p: make_reference(p, None, num_classes=4),
-            "OTHER_SIZE": lambda p: make_reference(p, None, size=8), "OTHER_CHANNELS": lambda p: make_reference(p, None, channels=3),
+            "OTHER_PROCESS": lambda p: make_reference(p, None, process="ddpm", predict="eps"), "OTHER_SIZE": lambda p: make_reference(p, None, size=8), "OTHER_CHANNELS": lambda p: make_reference(p, None, channels=3),
             "WORD_FOR_LR": lambda p: make_reference(p, None, lr="fast"), "NO_WARMUP": lambda p: without(p, "warmup"),
             "NOT_A_CKPT": lambda p: torch.save({"x": 1}, p), "A_FILE": lambda p: p.write_text("")}
     if flags[1] in make:
@@ -343,6 +345,18 @@ def test_a_proxy_that_diverges_stops(lr, says, kit, capsys):
         run(kit, f"diverged{lr}", "--lr", lr)
     err = capsys.readouterr().err
     assert e.value.code == 2 and says in err and f"diverged{lr}" in err and not (kit[0] / f"diverged{lr}/weights.npy").exists()
+
+
+def test_skipped_steps_are_counted(kit, monkeypatch, capsys):
+    real, calls = reweight.diffusion_loss, []
+
+    def nan_in_the_second_step(*a):
+        calls.append(1)
+        return real(*a) * (float("nan") if len(calls) == 4 else 1)    # two calls a step: the reference, then the proxy
+    monkeypatch.setattr(reweight, "diffusion_loss", nan_in_the_second_step)
+    out = run(kit, "skipped")
+    assert "1 steps skipped" in capsys.readouterr().out and json.loads((out / "reweight.args.json").read_text())["skipped"] == 1
+    assert common.load_pt(out / "proxy.pt")["skipped"] == 1 and np.isfinite(load(out)["weights"]).all()
 
 
 def test_other_arguments_are_refused_in_a_used_folder(kit, straight, capsys):
@@ -402,6 +416,14 @@ def test_an_official_reference(kind, kit, monkeypatch, capsys):
     state = common.load_pt(out / "proxy.pt")
     assert (state["args"]["lr"], state["args"]["warmup"], state["args"]["flips"], state["args"]["process"]) == (1e-4, 0, False, {"dit": "ddpm", "sit": "flow"}[kind])
     models.from_checkpoint(state)
+    same = run((root, root / "official.pt"), f"official_{kind}_depth", *flags[:4], "--steps", 1, "--burn-in", 0, "--batch-size", 8)
+    assert common.load_pt(same / "proxy.pt")["args"]["depth"] == 1    # the reference's architecture, also where its depth has no name
+    z = np.load(data / "latents.npy")
+    np.save(data / "latents.npy", np.where(np.arange(len(z)).reshape(-1, 1, 1, 1) == 7, np.nan, z))
+    with pytest.raises(SystemExit) as e:
+        run((root, root / "official.pt"), f"official_{kind}_nan", *flags, "--steps", 20, "--batch-size", 8)
+    assert e.value.code == 2 and "latents.npy: NaN or infinity in row 7" in capsys.readouterr().err
+    np.save(data / "latents.npy", z)
     for words, more in (("give --steps", []), ("latent_scale = 0.18215", ["--steps", 3])):
         if more:
             (data / "latents.json").write_text('{"scale": 0.5}')

@@ -15,21 +15,27 @@ import torch
 import torchvision
 from PIL import Image
 
+import prune
+from models import encoders
 from models.sit import SiT
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ["full", "random", "pruned", "pruned-dro", "random-attach", "d2c-select", "d2c-select-attach"]
 
 
-@pytest.fixture(scope="module")
-def copy(tmp_path_factory):
-    """What the scripts need of the repository, in a folder whose name has a space."""
-    there = tmp_path_factory.mktemp("kit") / "lean diffusion"
+def copy_kit(there):
+    """What the scripts need of the repository, copied to `there`."""
     shutil.copytree(ROOT / "models", there / "models", ignore=shutil.ignore_patterns("__pycache__"))
     (there / "data").mkdir()
     for file in (*ROOT.glob("*.py"), ROOT / "run_all.sh", ROOT / "requirements.txt", ROOT / "data/digits.npz"):
         shutil.copy(file, there / file.relative_to(ROOT))
     return there
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """One copy for all tests that do not mind each other's runs, in a folder whose name has a space."""
+    return copy_kit(tmp_path_factory.mktemp("kit") / "lean diffusion")
 
 
 def run_all(there, *args, **sizes):
@@ -48,10 +54,20 @@ def test_unknown_input_is_one_line(copy):
 
 @pytest.mark.parametrize("sizes, args, says", [
     ({"SEEDS": "0 1 0"}, [], "names something twice"), ({"RUNS": "full randm"}, [], "randm is none of full"), ({"JUDGE_WEIGHTS": "no/such.pth"}, [], "no/such.pth"),
-    ({"QUICK": "1", "SCORER": "run_all.sh", "REFERENCE": "run_all.sh"}, ["imagenet", "models"], "QUICK"), ({"SCORER": ""}, ["imagenet", "models"], "SCORER")])
+    ({"QUICK": "1", "SCORER": "run_all.sh", "REFERENCE": "run_all.sh"}, ["imagenet", "models"], "QUICK"), ({"SCORER": ""}, ["imagenet", "models"], "SCORER"),
+    *(({name: value}, [], f"{name}={value}: must be") for name, values in (("STEPS", "abc 0 -5 1.5 1e3 1e30"), ("NUM_SAMPLES", "-5 0"), ("PER_CLASS", "none"), ("NPROC", "0 two"),
+      ("KEEP", "7 0 0.0 -0.1 1.5 nan 10%"), ("SEEDS", "a -1"), ("REPORT", "ful"), ("TRAJECTORY", "0 every"), ("PROCESS", "sde"), ("SIZE", "8x8")) for value in values.split()),
+    ({"SCORE": "gaussian gausian"}, [], "gausian is none of"), ({"SURROGATE": "incepton"}, [], "SURROGATE: incepton"), ({"VISUAL": "dino"}, [], "VISUAL: dino"),
+    ({"JUDGE": "fid"}, [], "JUDGE: fid"), ({"SIZE": "16"}, [], "SIZE=16 does nothing with digits"), ({"QUICK": "yes"}, [], "QUICK=yes: must be"),
+    ({"JUDGE": "scratch ddae"}, [], "ddae needs JUDGE_WEIGHTS")])
 def test_bad_choices_are_one_line_before_anything_is_made(sizes, args, says, copy):
     code, out = run_all(copy, *args, **sizes)
     assert code == 2 and says in out and len(out.strip().splitlines()) == 1 and not (copy / "runs").exists()
+
+
+def test_the_choices_are_those_of_the_scripts():
+    text = (ROOT / "run_all.sh").read_text()
+    assert f'scores="{" ".join(prune.SCORES)}"' in text and f'encoders="{" ".join(encoders.ENCODERS)}"' in text
 
 
 STUB = """#!/usr/bin/env bash
@@ -111,6 +127,39 @@ def test_quick_adds_to_the_users_flags_and_stands_in_a_folder_of_its_own(stub):
     assert sum(c.startswith("report.py") for c in got) == 7           # after every run; no trajectory without step_*.pt
 
 
+def test_quick_digits_is_no_longer_than_digits(stub):
+    for quick in ("1", "0"):
+        (stub[0] / "calls.txt").unlink(missing_ok=True)
+        got = calls(stub, QUICK=quick, OUT=f"runs/{quick}", RUNS="full random pruned")
+        assert all("--steps 800 " in c and "--warmup" not in c for c in got if c.startswith("train.py")) and all("--num 1000 " in c for c in got if c.startswith("sample.py"))
+        assert sum(c.startswith("report.py") for c in got) == (3 if quick == "1" else 1)
+
+
+def test_a_corrected_command_is_not_held_against_the_mistake(stub):
+    """A flag that the first training refuses has made nothing, and so must not be what the folder was 'made with'."""
+    there, env = stub
+    (there / "bin/python3").write_text(STUB.replace("echo", r'case "$*" in *"--lr abc"*) exit 2 ;; esac' + '\necho', 1))
+    p = subprocess.run(["bash", "run_all.sh"], cwd=there, env=env | {"TRAIN": "--lr abc", "RUNS": "full"}, capture_output=True, text=True, timeout=60)
+    assert p.returncode == 2
+    calls(stub, RUNS="full", TRAIN="--lr 1e-3")
+    (there / "runs/digits/full").mkdir(exist_ok=True)
+    (there / "runs/digits/full/train.args.json").touch()
+    p = subprocess.run(["bash", "run_all.sh"], cwd=there, env=env | {"TRAIN": "--lr 1e-4", "RUNS": "full"}, capture_output=True, text=True, timeout=60)
+    assert p.returncode == 2 and "was made with TRAIN=--lr 1e-3, now TRAIN=--lr 1e-4" in p.stderr
+
+
+def test_pictures_that_lie_in_data_are_not_overwritten(stub):
+    (stub[0] / "data/photos").mkdir(parents=True)
+    got = calls(stub, "data/photos", CLASSES="cat dog", RUNS="full")
+    assert flag(got[0], "--out") == "data/my-photos" and flag(next(c for c in got if c.startswith("train.py")), "--data") == "data/my-photos"
+
+
+def test_small_cifar10_has_a_folder_and_a_preset_of_its_own(stub):
+    got = calls(stub, "cifar10", SIZE="8", RUNS="full")
+    assert got[0] == "data.py cifar10 --size 8 --out data/cifar10-8"
+    assert "--preset" not in (trained := next(c for c in got if c.startswith("train.py"))) and flag(trained, "--out") == "runs/cifar10-8/full"
+
+
 def test_one_class_needs_no_classifier_and_no_weights(stub, tmp_path):
     (tmp_path / "faces").mkdir()
     got = calls(stub, str(tmp_path / "faces"), CLASSES="face", REPORT="full", KEEP="0.1 5e-2")
@@ -130,7 +179,8 @@ def test_imagenet_keeps_the_pixels_of_a_run_in_the_run(stub):
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_to_run_all_reaches_the_stage(number, code, stub):
     there, env = stub
-    p = subprocess.Popen(["bash", "run_all.sh"], cwd=there, env=env | {"SLOW": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    p = subprocess.Popen(["bash", "run_all.sh"], cwd=there, env=env | {"SLOW": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))         # a shell ignores it for what it starts in the background
     for _ in range(200):
         if (there / "calls.txt").exists():
             break
@@ -213,13 +263,14 @@ def test_the_imagenet_recipe(copy, tmp_path, real_vae):
 
 
 @pytest.mark.slow
-def test_quick_renews_the_report_and_puts_other_reports_beside_it(copy):
+def test_quick_renews_the_report_and_puts_other_reports_beside_it(tmp_path):
+    copy = copy_kit(tmp_path / "kit")                                 # of its own: every report in runs/ would stand beside this one's
     sizes = dict(QUICK="1", STEPS="4", NUM_SAMPLES="40", TRAJECTORY="20", TRAIN="--checkpoint-every 2", RUNS="full random pruned", DEVICE="cpu")
     code, out = run_all(copy, **sizes, SCORE="gaussian moderate", OUT="runs/quick")
     assert code == 0, out[-3000:]
     planned = ["full", "random", "pruned", "pruned-moderate"]
     assert f"4 trainings of 4 steps, 40 samples each, judged by scratch; in this order: {' '.join(planned)}" in out and "more minutes at the pace of the first steps" in out
-    at = [out.index(f"--- train.py --data data/digits --preset digits --steps 4 --seed 0 --device cpu --warmup 500 --checkpoint-every 1000 --checkpoint-every 2{rest}")
+    at = [out.index(f"--- train.py --data data/digits --preset digits --steps 4 --seed 0 --device cpu --checkpoint-every 2{rest}")
                                                 for rest in (" --out runs/quick/full", " --indices runs/quick/random", " --indices runs/quick/pruned/", " --indices runs/quick/pruned-mod")]
     assert out.count("report so far") == 3 and at == sorted(at)
     for run in planned:

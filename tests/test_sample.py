@@ -139,6 +139,8 @@ def test_labels(flow, tmp_path, capsys):
     np.save(tmp_path / "y.npy", np.arange(20) % 4)                         # 3 is the null class
     draw(flow, tmp_path / "a", "--labels", tmp_path / "y.npy")
     assert np.array_equal(np.load(tmp_path / "a/sample_labels.npy"), np.arange(20) % 4)
+    np.save(tmp_path / "y.npy", (np.arange(20) + 1) % 4)
+    assert "'labels'" in refused(capsys, flow, tmp_path / "a", "--labels", tmp_path / "y.npy", fresh=False)       # not the labels of these samples any more
     for bad, word in ((np.full(20, 4), "0..2"), (np.full(20, -1), "-1"), (np.zeros(19, int), "(19,)"), (np.zeros(20), "float64")):
         np.save(tmp_path / "y.npy", bad)
         assert word in refused(capsys, flow, tmp_path / "b", "--labels", tmp_path / "y.npy")
@@ -165,6 +167,11 @@ def test_mistakes_are_one_line_and_write_nothing(flow, ddpm, tmp_path, capsys):
     assert "--cfg" in refused(capsys, flow, tmp_path / "a", "--cfg", "nan") and "--num" in refused(capsys, flow, tmp_path / "a", num=0)
     assert "does not name its VAE" in refused(capsys, latent(make_checkpoint(tmp_path / "l.pt")), tmp_path / "a")
     assert "nothing to decode" in refused(capsys, flow, tmp_path / "a", "--vae", "x")
+    for sampler in ("ddim", "ancestral"):
+        assert "has the 1000 steps" in refused(capsys, ddpm, tmp_path / "a", "--sampler", sampler, steps=1001)
+    blind = make_checkpoint(tmp_path / "blind.pt", label_drop=0.0)
+    assert "--cfg 1.5" in (text := refused(capsys, blind, tmp_path / "a", "--cfg", 1.5)) and "no null class" in text
+    draw(blind, tmp_path / "unguided", num=2)
     state = torch.load(flow, weights_only=True)
     torch.save({"ema": state["ema"]}, tmp_path / "x.pt")
     assert "not a checkpoint of train.py" in refused(capsys, tmp_path / "x.pt", tmp_path / "a")        # weights without settings look official

@@ -159,10 +159,12 @@ def test_more_steps_continue_a_finished_run_unless_the_schedule_forbids(tiny_dat
 
 def test_overwrite_starts_again(tiny_data, tmp_path):
     run(tiny_data, tmp_path / "a", steps=4, seed=1)
+    for name in ("samples.npy", "sample_labels.npy", "sample.args.json", "metrics.json", "trajectory.json", "nearest.png", "grid.png"):
+        (tmp_path / "a" / name).write_text("of the first run's weights")
     fresh = run(tiny_data, tmp_path / "b", steps=2)
     again = run(tiny_data, tmp_path / "a", steps=2, overwrite=True)
     assert same_state(fresh, again) and stats(tmp_path / "a") == stats(tmp_path / "b")
-    assert {p.name for p in (tmp_path / "a").iterdir()} == {p.name for p in (tmp_path / "b").iterdir()}       # no step_0000004.pt of the first run
+    assert {p.name for p in (tmp_path / "a").iterdir()} == {p.name for p in (tmp_path / "b").iterdir()}       # neither step_0000004.pt of the first run nor what was drawn from it
 
 
 def test_sigterm_saves_and_exits_143(tiny_data, tmp_path):
@@ -457,7 +459,13 @@ def test_checkpoints_are_plain_and_carry_their_settings(tiny_data, tmp_path):
     assert "model" in torch.load(tmp_path / "a/last.pt", weights_only=True)
     assert set(torch.load(tmp_path / "a/step_0000002.pt", weights_only=True)) == {"ema", "step", "images_seen", "seconds", "args"}
     again = run(tiny_data, tmp_path / "b", init=tmp_path / "a/last.pt", steps=0)
-    assert again["step"] == 0 and any(equal(again["ema"], torch.load(tmp_path / "a/last.pt", weights_only=True)[k]) for k in ("ema", "model"))
+    first = torch.load(tmp_path / "a/last.pt", weights_only=True)
+    assert again["step"] == 0 and equal(again["ema"], first["ema"]) and not equal(first["ema"], first["model"])
+
+
+def test_flags_that_would_do_nothing_are_refused(tiny_data, tmp_path, capsys):
+    assert "--dropout does nothing in SiT-T/2" in refused(capsys, tiny_data, tmp_path / "a", dropout=0.1)
+    assert "--weights" in refused(capsys, tiny_data, tmp_path / "a", reweight_mode="resample")
 
 
 def test_pictures_come_from_the_ema_in_eval_mode(tiny_data, tmp_path, monkeypatch):
