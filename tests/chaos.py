@@ -1,7 +1,7 @@
 """The whole chain on digits against kills, full disks, second processes and time. Run by hand; tests/test_chaos.py runs a short form.
 
     python tests/chaos.py --kills 30 --seed 0       kill every stage at random moments, restart it by the same command, compare with a straight run
-    python tests/chaos.py --checks overwrite disk   other checks, see CHECKS
+    python tests/chaos.py --checks overwrite disk   other checks, see CHECKS; run_all kills run_all.sh itself, with everything that it has started
     python tests/chaos.py --soak 60                 a long training: memory, open files and disk over so many minutes
 
 Every call of a script is a fork of this process, which has imported everything and computed nothing: a stage then costs what it does, not four seconds
@@ -386,6 +386,46 @@ def check_lock(base, facts, kills, rng):
         os.close(fd)
         expect({p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before, stage, "changed something")
     return f"{len(CHAIN)} commands refused"
+
+
+def check_run_all(base, facts, kills, rng):
+    """run_all.sh itself: killed with all that it has started, at random moments, and started again by the same command until it ends."""
+    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "RUNS": "full pruned-dro d2c-select-attach", "STEPS": "12", "NUM_SAMPLES": "40",
+           "TRAIN": "--checkpoint-every 4", "SAMPLER": "--sampler heun --steps 3 --cfg 1.5", "DRO": "--eta 0.05 --steps 12 --batch-size 16 --burn-in 2 --checkpoint-every 4", "DEVICE": "cpu"}
+
+    def kit(name):
+        there = base / name / "kit"
+        shutil.copytree(ROOT / "models", there / "models", ignore=shutil.ignore_patterns("__pycache__"))
+        (there / "data").mkdir()
+        for f in (*ROOT.glob("*.py"), ROOT / "run_all.sh", ROOT / "requirements.txt", ROOT / "data/digits.npz"):
+            shutil.copy(f, there / f.relative_to(ROOT))
+        return there
+
+    def run(there, limit=None):
+        """Exit code and output, or None when it was killed after `limit` seconds."""
+        with open(there / "log", "a+") as log:
+            p = subprocess.Popen(["bash", "run_all.sh"], cwd=there, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+            try:
+                code = p.wait(limit)
+            except subprocess.TimeoutExpired:
+                os.killpg(p.pid, signal.SIGKILL)
+                p.wait()
+                return None
+            expect(code == 0, there, "ended with", code, (there / "log").read_text()[-2000:])
+            return code
+    first, start = kit("straight"), time.time()
+    run(first)
+    seconds, done, rounds = time.time() - start, 0, 0
+    wanted, at = {k: content(first / k) for k in ("runs", "data")}, collections.Counter()
+    while done < kills:
+        there, rounds = kit(f"killed{rounds}"), rounds + 1
+        while run(there, rng.uniform(0.05, 1.2) * seconds if done < kills else None) is None:
+            done, began = done + 1, [x.split()[1] for x in (there / "log").read_text().splitlines() if x.startswith("--- ")]
+            at[began[-1] if began else "before the first stage"] += 1
+        found = differences(wanted, {k: content(there / k) for k in ("runs", "data")})
+        expect(not found, f"{len(found)} differences after {done} kills {dict(at)}:", *found[:8])
+        expect(not list(there.rglob(".*.tmp*")), "left a temporary file")
+    return f"{done} kills in {rounds} runs of run_all.sh ({', '.join(f'{k} {n}' for k, n in at.most_common())}): {sum(map(len, wanted.values()))} files equal those of an undisturbed run"
 
 
 CHECKS = {name.removeprefix("check_"): f for name, f in list(globals().items()) if name.startswith("check_")}
