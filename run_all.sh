@@ -52,10 +52,11 @@ must QUICK "(0|1)" "1, or 0 for the whole"
 known="full random random-attach pruned pruned-dro pruned-dro-resample d2c-select d2c-select-attach"
 scores="gaussian moderate kcenter herding cluster random el2n ccs"
 encoders="inception resnet18 dinov2_vits14 dinov2_vitb14 dinov2_vitl14 clip ddae scratch pixels"
+visuals="resnet18 dinov2_vits14 dinov2_vitb14 dinov2_vitl14 ddae scratch"                      # those that have patch tokens
 among() {                                                            # among NAME CHOICES: each word of it must be one of them
     local word; for word in ${!1:-}; do case " $2 " in *" $word "*) ;; *) refuse "$1: $word is none of $2" ;; esac; done
 }
-among RUNS "$known"; among SCORE "$scores"; among SURROGATE "$encoders"; among VISUAL "none $encoders"; among JUDGE "$encoders"
+among RUNS "$known"; among SCORE "$scores"; among SURROGATE "$encoders"; among VISUAL "none $visuals"; among JUDGE "$encoders"
 case " ${JUDGE:-} " in *" ddae "*) [ -n "${JUDGE_WEIGHTS:-}" ] || refuse "JUDGE=$JUDGE: ddae needs JUDGE_WEIGHTS=CHECKPOINT, a model that neither selected nor is judged" ;; esac
 case "$what" in digits|imagenet) [ -z "${SIZE:-}" ] || refuse "SIZE=$SIZE does nothing with $what" ;; esac
 cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")"

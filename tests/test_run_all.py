@@ -57,7 +57,7 @@ def test_unknown_input_is_one_line(copy):
     ({"QUICK": "1", "SCORER": "run_all.sh", "REFERENCE": "run_all.sh"}, ["imagenet", "models"], "QUICK"), ({"SCORER": ""}, ["imagenet", "models"], "SCORER"),
     *(({name: value}, [], f"{name}={value}: must be") for name, values in (("STEPS", "abc 0 -5 1.5 1e3 1e30"), ("NUM_SAMPLES", "-5 0"), ("PER_CLASS", "none"), ("NPROC", "0 two"),
       ("KEEP", "7 0 0.0 -0.1 1.5 nan 10%"), ("SEEDS", "a -1"), ("REPORT", "ful"), ("TRAJECTORY", "0 every"), ("PROCESS", "sde"), ("SIZE", "8x8")) for value in values.split()),
-    ({"SCORE": "gaussian gausian"}, [], "gausian is none of"), ({"SURROGATE": "incepton"}, [], "SURROGATE: incepton"), ({"VISUAL": "dino"}, [], "VISUAL: dino"),
+    ({"SCORE": "gaussian gausian"}, [], "gausian is none of"), ({"SURROGATE": "incepton"}, [], "SURROGATE: incepton"), ({"VISUAL": "dino"}, [], "VISUAL: dino"), ({"VISUAL": "inception"}, [], "VISUAL: inception"),
     ({"JUDGE": "fid"}, [], "JUDGE: fid"), ({"SIZE": "16"}, [], "SIZE=16 does nothing with digits"), ({"QUICK": "yes"}, [], "QUICK=yes: must be"),
     ({"JUDGE": "scratch ddae"}, [], "ddae needs JUDGE_WEIGHTS")])
 def test_bad_choices_are_one_line_before_anything_is_made(sizes, args, says, copy):
@@ -67,7 +67,9 @@ def test_bad_choices_are_one_line_before_anything_is_made(sizes, args, says, cop
 
 def test_the_choices_are_those_of_the_scripts():
     text = (ROOT / "run_all.sh").read_text()
-    assert f'scores="{" ".join(prune.SCORES)}"' in text and f'encoders="{" ".join(encoders.ENCODERS)}"' in text
+    tokens = [name for name, spec in encoders.ENCODERS.items() if spec.tokens]
+    for name, words in (("scores", prune.SCORES), ("encoders", encoders.ENCODERS), ("visuals", tokens)):
+        assert f'{name}="{" ".join(words)}"' in text
 
 
 STUB = """#!/usr/bin/env bash
