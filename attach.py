@@ -139,7 +139,8 @@ def check_inputs(a):
         common.check_origin(a.indices, d)
     i.pixels, i.rows = (pixels_of(a.images, d, i.keep), np.arange(len(i.keep))) if a.images else (d, None)
     if a.difficulty:
-        i.scores = np.array(common.load_npy(a.difficulty, f"difficulty, float (N = {len(d.labels)},)", (len(d.labels),), "f"), dtype=np.float32)
+        with np.errstate(over="ignore"):                              # what float32 does not hold is refused in the next line
+            i.scores = np.array(common.load_npy(a.difficulty, f"difficulty, float (N = {len(d.labels)},)", (len(d.labels),), "f"), dtype=np.float32)
         common.check_finite(i.scores, a.difficulty, "difficulty")
         if (record := a.difficulty.with_name("attach.args.json")).is_file():                  # what it cost when it was made still counts
             i.earlier = common.load_record(record)

@@ -512,8 +512,8 @@ def evaluate(a, d, team, runs, full, jobs):
                 memo = old.get("memorisation") if same else None
                 if a.audit and run.known and enc.name == a.encoder[0]:
                     new = audit(run, ref, a, Selection(full.images, np.arange(min(len(full.images), a.audit_samples))) if full else None)
-                    memo = new if "skipped" in new or (memo or {}).get("n") != new["n"] else {**memo, **new}         # the spaces of an earlier judge stay
-                    memo = memo if "skipped" in new else {k: v for k, v in memo.items() if k != "skipped"}
+                    spaces = memo if memo and memo.get("n") == new.get("n") and "skipped" not in memo else {}            # those of an earlier judge stay
+                    memo = new if "skipped" in new else {**spaces, **new}
             row["seconds"] = round(time.time() - start, 2)
             common.save_json(run.out / "metrics.json", {
                 "run": run.name, "data": d.info["name"], "data_sha256": d.info["sha256"], "samples_sha256": run.sha256,
@@ -576,8 +576,8 @@ def parse_args(argv=None):
         p.error("--trajectory follows a run under one judge; give one --encoder")
     if twice := next((r for k, r in enumerate(a.runs or ()) if Path(r).resolve() in [Path(x).resolve() for x in a.runs[:k]]), None):
         p.error(f"--runs: {twice} is named twice")
-    if a.samples and (Path(a.out) / "train.args.json").exists() and Path(a.samples).resolve() != (Path(a.out) / "samples.npy").resolve():
-        p.error(f"--out {a.out} is a run of train.py, and {a.samples} are not its samples; choose another folder")
+    if a.samples and (Path(a.out) / "train.args.json").exists() and Path(a.samples).resolve().parent != Path(a.out).resolve():
+        p.error(f"--out {a.out} is a run of train.py, and {a.samples} lies elsewhere: its figures would pass for the run's; choose another folder")
     if len(a.encoder_weights or []) > len(a.encoder):
         p.error("more --encoder-weights than --encoder")
     return a

@@ -21,7 +21,7 @@ under another number of processes. torchrun spreads the extraction; the first pr
 import math
 import time
 from contextlib import suppress
-from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -203,8 +203,8 @@ def cluster_score(z, m, tie, rng):
 
 
 def counts_to_keep(sizes, keep):
-    """Images to keep of groups of these sizes (K,): floor(keep * n + 1/2), at least 1. In decimals: as floats 0.35 * 90 is less than 31.5."""
-    return np.array([max(1, int((Decimal(repr(float(keep))) * int(n) + Decimal("0.5")) // 1)) for n in sizes])
+    """Images to keep of groups of these sizes (K,): floor(keep * n + 1/2), at least 1. Exact: as floats 0.35 * 90 is less than 31.5."""
+    return np.array([max(1, math.floor(Fraction(repr(float(keep))) * int(n) + Fraction(1, 2))) for n in sizes])
 
 
 def top(scores, groups, m, tie):

@@ -9,6 +9,7 @@ Writes  OUT/report.md, report.json, frontier.png, per_class.png, samples.png, ne
 
     python report.py runs/digits/full runs/digits/random --out runs/digits/report
 """
+import itertools
 import json
 import math
 import re
@@ -204,6 +205,8 @@ def read_trajectory(file):
     made = common.load_json(file, "points of evaluate.py", encoder=str, name=str, points=list)
     if not made["points"]:
         raise common.UserError(f"{file}: points is empty; run evaluate.py --trajectory again")
+    common.check_kinds(file, "key", made.get("key", {}))
+    common.check_kinds(file, "settings", made.get("key", {}).get("settings", {}))
     for p in made["points"]:
         common.check_kinds(file, "a point", p, step=int, images_seen=int, seconds=(int, float), fd=(int, float), n=int)
     return made
@@ -221,20 +224,18 @@ def read_picture(file):
         raise common.UserError(f"{file}: not a readable picture ({e}); remove it, or draw it again with evaluate.py --overwrite")
 
 
-TRAINED_WITH = ("model", "process", "predict", "batch_size", "lr", "schedule", "warmup", "ema", "label_drop", "dropout", "class_std", "flips", "amp")   # of train.args.json
+TRAINED_WITH = ("model", "process", "predict", "batch_size", "lr", "schedule", "warmup", "ema", "label_drop", "dropout", "class_std", "grad_clip", "align", "flips", "amp")
 
 
 def seeds_of_one_run(runs):
     """Runs of one name become one row, as seeds: refused where they are the same seed twice, or not the same run."""
-    seen = {}
-    for r in runs:
-        for other in seen.setdefault(r.name, []):
-            a, b = other.train["args"], r.train["args"]
-            what = next((k for k in TRAINED_WITH if a.get(k) != b.get(k)), None) or next((k for k in ("images_kept", "images_seen") if other.train[k] != r.train[k]), None)
-            if what or a.get("seed") == b.get("seed"):
-                why = f"differ in {what}" if what else f"have the same seed, {a.get('seed')}"
-                raise common.UserError(f"{other.folder} and {r.folder}: would count as two seeds of {r.name}, but {why}; leave one out, or give it a folder of another name")
-        seen[r.name].append(r)
+    recipe = lambda r: {k: r.train["args"].get(k) for k in (*TRAINED_WITH, "reweight_mode")} | {k: r.train[k] for k in ("images_kept", "images_seen")}      # noqa: E731
+    for a, b in itertools.combinations(runs, 2):
+        if a.name == b.name:
+            mine, theirs, seed = recipe(a), recipe(b), a.train["args"].get("seed")
+            what = next((f"differ in {k}" for k in mine if mine[k] != theirs[k]), f"have the same seed, {seed}" if seed == b.train["args"].get("seed") else None)
+            if what:
+                raise common.UserError(f"{a.folder} and {b.folder}: would count as two seeds of {a.name}, but {what}; leave one out, or give it a folder of another name")
 
 
 def comparable(runs, judge):
@@ -254,14 +255,12 @@ def comparable(runs, judge):
             raise common.UserError(f"{runs[0].folder} and {other.folder} were measured on different {what} ({value(runs[0])}, {value(other)}); "
                                    f"{remedy}")
     out = []
-    for k in ("sampler", "steps", "cfg", "cfg_interval", "labels"):
-        got = {json.dumps(r.metrics["protocol"].get(k)): r.name for r in runs}
-        if len(got) > 1:
-            out.append(f"sampling differs in {k}: " + ", ".join(f"{v} ({name}, ...)" for v, name in got.items()))
-    for k in TRAINED_WITH:
-        got = {json.dumps(r.train["args"].get(k)): r.name for r in runs}
-        if len(got) > 1:
-            out.append(f"training differs in {k}: " + ", ".join(f"{v} ({name}, ...)" for v, name in got.items()))
+    for what, settings, keys in (("sampling", lambda r: r.metrics["protocol"], ("sampler", "steps", "cfg", "cfg_interval", "labels")),
+                                 ("training", lambda r: r.train["args"], TRAINED_WITH)):
+        for k in keys:
+            got = {json.dumps(settings(r).get(k)): r.name for r in runs}
+            if len(got) > 1:
+                out.append(f"{what} differs in {k}: " + ", ".join(f"{v} ({name}, ...)" for v, name in got.items()))
     return out
 
 
@@ -274,11 +273,12 @@ def use_trajectories(runs, judge):
             continue
         drawn, end, stands = kept.get("key", {}).get("settings", {}), kept["points"][-1]["step"], r.train["images_seen"] // r.train["args"]["batch_size"]
         other = next((k for k, v in drawn.items() if r.metrics["protocol"].get(k) != v), None)
-        wrong = (f"was scored by {kept['name']}, not by this report's judge {judge}" if kept["encoder"] != r.metrics["encoders"][judge]["identity"] else
-                 f"ends at step {end:,}, the run at {stands:,}" if end != stands else
-                 f"was drawn with another {other} than the samples" if other else None)
+        again = "; run evaluate.py --trajectory again"
+        wrong = (f"was scored by {kept['name']}, not by this report's judge {judge}: left out" if kept["encoder"] != r.metrics["encoders"][judge]["identity"] else
+                 f"ends at step {end:,}, the run at {stands:,}: left out{again}" if end != stands else
+                 f"was drawn with another {other} than the samples: left out{again}" if other else None)
         if wrong:
-            notes.append(f"the trajectory of {r.folder.name} {wrong}: left out" + "; run evaluate.py --trajectory again" * ("judge" not in wrong))
+            notes.append(f"the trajectory of {r.folder.name} {wrong}")
         else:
             r.trajectory = [{**p, "seconds": device_seconds(r.train, p["seconds"])} for p in kept["points"]]
     if len({p["n"] for r in runs for p in r.trajectory}) > 1:
@@ -458,12 +458,12 @@ def answer_cost(t, reached):
             out.append(f"{name}: {prep:,.1f} s of preparation for {train:,.0f} s of training")
         if FULL not in reached or name not in reached:
             continue
-        point, goal = reached[name], reached[FULL]
+        (point, best), (goal, _) = reached[name], reached[FULL]
         if point is None:
-            out.append(f"{name}: the full run's final FD (within 5 %) was not reached; its best is {r['best']['fd']:.3g} after {r['best']['step']:,} steps (n={r['best']['n']:,})")
+            out.append(f"{name}: the full run's final FD (within 5 %) was not reached; its best is {best['fd']:.3g} after {best['step']:,} steps (n={best['n']:,})")
             continue
         sped = ""
-        if name != FULL and goal:
+        if name != FULL:
             sped = f"speed-up {goal['seconds'] / max(point['seconds'], 1e-9):.2f}x"
             sped += "" if prep is None else f", with preparation {goal['seconds'] / max(point['seconds'] + prep, 1e-9):.2f}x"
         out.append(f"{name}: within 5 % of the full run's final FD (n={point['n']:,}) after {point['step']:,} steps, {point['images_seen']:,.0f} images, "
@@ -526,14 +526,15 @@ def averaged(runs, name):
 
 
 def reach(runs, within=0.05):
-    """{run name: first point of its averaged trajectory with FD <= (1 + within) x the full run's last, or None}; {} without a full run's trajectory.
+    """{run name: (first point of its averaged trajectory with FD <= (1 + within) x the full run's last, or None; its best point)}; {} without a full
+    run's trajectory.
 
     Checkpoints are the resolution: a run reached it somewhere in the interval before the point.
     """
     paths = {name: path for name in dict.fromkeys(r.name for r in runs) if (path := averaged(runs, name))}
     if FULL not in paths:
         return {}
-    return {name: next((p for p in path if p["fd"] <= (1 + within) * paths[FULL][-1]["fd"]), None) for name, path in paths.items()}
+    return {name: (next((p for p in path if p["fd"] <= (1 + within) * paths[FULL][-1]["fd"]), None), min(path, key=lambda p: p["fd"])) for name, path in paths.items()}
 
 
 # ---------------------------------------------------------------------------------------------- pictures
@@ -733,15 +734,15 @@ def warnings(runs, judge):
 
 
 def about(runs):
-    """'SiT-T/2 (flow) on digits, 800 steps of 128'."""
-    a, (model, process, data) = runs[0].train["args"], setting_of(runs)
-    return f"{model} ({process}) on {data}, {runs[0].train['images_seen'] // a['batch_size']:,} steps of {a['batch_size']}"
+    """'SiT-T/2 (flow) on digits 8 x 8, 800 steps of 128'."""
+    a, (model, process, data, size) = runs[0].train["args"], setting_of(runs)
+    return f"{model} ({process}) on {data} {size}, {runs[0].train['images_seen'] // a['batch_size']:,} steps of {a['batch_size']}"
 
 
 def setting_of(runs):
-    """[network, process, data set]."""
+    """[network, process, data set, size of its images]."""
     a = runs[0].train["args"]
-    return [a["model"], a["process"], runs[0].metrics["data"]]
+    return [a["model"], a["process"], runs[0].metrics["data"], " x ".join(map(str, runs[0].samples.shape[1:3]))]
 
 
 def answers(runs, t, reached, others):
@@ -814,8 +815,6 @@ def main(argv=None):
     notes += use_trajectories(runs, judge)
     t = rows_of(runs, judge)
     reached = reach(runs)
-    for name in reached:
-        t[name]["best"] = min(averaged(runs, name), key=lambda p: p["fd"])
     common.claim(out)
     distance = runs[0].metrics["encoders"][judge]["distance"]
     frontier(runs, t, distance, out / "frontier.png")

@@ -165,7 +165,7 @@ def train_proxy(a, i, stage, device):
     resuming = stage.resuming and part.exists() and (stage.out / "proxy.pt").exists()
     if resuming:
         state = common.load_pt(stage.out / "proxy.pt")
-        start, seconds, skipped, log_a, lam = state["step"], state["seconds"], state["skipped"], state["log_a"].to(device), state["lam"].to(device)
+        start, seconds, skipped, log_a, lam = state["step"], state["seconds"], state.get("skipped", 0), state["log_a"].to(device), state["lam"].to(device)
         proxy.load_state_dict(state["model"]), optimizer.load_state_dict(state["optimizer"]), scaler.load_state_dict(state["scaler"])
         common.log(f"resuming at step {start:,}")
     common.barrier()                                                  # all have looked before rank 0 makes the file

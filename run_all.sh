@@ -15,6 +15,7 @@
 set -euo pipefail
 export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-1000}                      # idle CPU threads sleep at once: on a busy machine they would spin for ages
 what=${1:-digits}
+[ "${QUICK:-}" != 0 ] || QUICK=
 refuse() { echo "run_all.sh: error: $*" >&2; exit 2; }
 case "$what" in
 digits|cifar10|test) ;;
@@ -37,18 +38,17 @@ for list in SEEDS RUNS JUDGE SCORE KEEP; do                           # single s
     declare "$list=$(echo ${!list})"
     [ "$(tr ' ' '\n' <<<"${!list}" | sort | uniq -d)" = "" ] || refuse "$list=\"${!list}\" names something twice"
 done
-whole='0*[1-9][0-9]{0,11}' share='(0?\.[0-9]*[1-9][0-9]*|[1-9][0-9]*(\.[0-9]+)?e-[0-9]+|1(\.0*)?)'
+whole='0*[1-9][0-9]{0,11}' share='(0?\.[0-9]*[1-9][0-9]*|[1-9](\.[0-9]+)?e-0*[1-9][0-9]*|1(\.0*)?)'
 must() {                                                             # must NAME PATTERN WORDS: a value out of range would show hours later
     [ -z "${!1:-}" ] || [[ ${!1} =~ ^$2$ ]] || refuse "$1=${!1}: must be $3"
 }
 for size in STEPS NUM_SAMPLES PER_CLASS NPROC SIZE; do must $size "$whole" "a whole number of at least 1"; done
-must SEEDS "[0-9]{1,18}( [0-9]{1,18})*" "whole numbers, one for each repetition"
+must SEEDS "(0|[1-9][0-9]{0,17})( (0|[1-9][0-9]{0,17}))*" "whole numbers, one for each repetition"
 must KEEP "$share( $share)*" "shares of the images to keep, each above 0 and at most 1"
 must REPORT "(short|full)" "short or full"
 must TRAJECTORY "(all|$whole)" "a number of samples, or all"
 must PROCESS "(ddpm|flow)" "ddpm or flow"
-must QUICK "(0|1)" "1, or 0 for the whole"
-[ "${QUICK:-}" != 0 ] || QUICK=
+must QUICK 1 "1, or 0 for the whole"
 known="full random random-attach pruned pruned-dro pruned-dro-resample d2c-select d2c-select-attach"
 scores="gaussian moderate kcenter herding cluster random el2n ccs"
 encoders="inception resnet18 dinov2_vits14 dinov2_vitb14 dinov2_vitl14 clip ddae scratch pixels"
@@ -57,7 +57,10 @@ among() {                                                            # among NAM
     local word; for word in ${!1:-}; do case " $2 " in *" $word "*) ;; *) refuse "$1: $word is none of $2" ;; esac; done
 }
 among RUNS "$known"; among SCORE "$scores"; among SURROGATE "$encoders"; among VISUAL "none $visuals"; among JUDGE "$encoders"
-case " ${JUDGE:-} " in *" ddae "*) [ -n "${JUDGE_WEIGHTS:-}" ] || refuse "JUDGE=$JUDGE: ddae needs JUDGE_WEIGHTS=CHECKPOINT, a model that neither selected nor is judged" ;; esac
+case "${JUDGE:-}" in
+*" ddae"*) refuse "JUDGE=$JUDGE: name ddae first, JUDGE_WEIGHTS are the first judge's" ;;
+ddae*) [ -n "${JUDGE_WEIGHTS:-}" ] || refuse "JUDGE=$JUDGE: ddae needs JUDGE_WEIGHTS=CHECKPOINT, a model that neither selected nor is judged" ;;
+esac
 case "$what" in digits|imagenet) [ -z "${SIZE:-}" ] || refuse "SIZE=$SIZE does nothing with $what" ;; esac
 cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")"
 
@@ -82,9 +85,9 @@ fi
 # ------------------------------------------------------------------ sizes
 dro="" sampler="--cfg 1.5" train="" preset=()                         # defaults of DRO, SAMPLER and TRAIN
 if [ -n "${QUICK:-}" ]; then                                          # short runs; the learning rate must be up within them
-    : "${KEEP=0.1}" "${JUDGE:=scratch}" "${SCORE:=gaussian}" "${TRAJECTORY:=2000}" "${RUNS:=full random pruned random-attach d2c-select d2c-select-attach}"
+    : "${JUDGE:=scratch}" "${SCORE:=gaussian}" "${TRAJECTORY:=2000}" "${RUNS:=full random pruned random-attach d2c-select d2c-select-attach}"
     if [ "$what" != digits ]; then
-        : "${STEPS:=4000}" "${NUM_SAMPLES:=5000}"
+        : "${STEPS:=4000}" "${NUM_SAMPLES:=5000}" "${KEEP=0.1}"
         train="--warmup 500 --checkpoint-every 1000"
     fi
 fi
@@ -108,7 +111,7 @@ esac
 : "${SEEDS:=0}" "${NPROC:=1}" "${DEVICE:=auto}" "${REPORT:=short}" "${RUNS:=full random random-attach pruned pruned-dro d2c-select d2c-select-attach}"
 [ "$REPORT" != full ] || RUNS="$RUNS pruned-dro-resample" TRAJECTORY=${TRAJECTORY:-all}          # the other way to use the weights
 : "${DRO=$dro}" "${SAMPLER=$sampler}" "${TRAJECTORY:=}" "${TEXT:=minilm}" "${VISUAL:=ddae}" "${SCORE:=gaussian}" "${INTERVAL:=auto}" "${JUDGE:=scratch pixels}"
-TRAIN="$train${train:+${TRAIN:+ }}${TRAIN:-}"                                       # of a flag given twice the last counts
+TRAIN="$train${TRAIN:+ $TRAIN}"                                       # of a flag given twice the last counts
 data=data/$NAME out=${OUT:-runs/$NAME${QUICK:+-quick}${MODEL:+-${MODEL//\//_}}${PROCESS:+-$PROCESS}}
 budgets=()                                                            # what pruning keeps; digits: as much as D2C, so that one random row serves both
 for k in $KEEP; do budgets+=("--keep $k"); done
@@ -180,11 +183,12 @@ EOF
 # ------------------------------------------------------------------ one output folder, one set of sizes
 mkdir -p "$out"
 sizes=
-while read -r size script; do                                              # another size would leave half of the runs at the old one
+for pair in STEPS:train TRAIN:train NUM_SAMPLES:sample SAMPLER:sample; do  # another size would leave half of the runs at the old one
+    size=${pair%:*} made=("$out"/*/"${pair#*:}.args.json")
     now=$size=${!size} old=$(grep "^$size=" "$out/sizes.txt" 2>/dev/null || true)
-    [ "${old:-$now}" = "$now" ] || ! compgen -G "$out/*/$script.args.json" >/dev/null || refuse "$out was made with $old, now $now; use OUT=another folder, or remove $out"
+    [ "${old:-$now}" = "$now" ] || [ ! -e "${made[0]}" ] || refuse "$out was made with $old, now $now; use OUT=another folder, or remove $out"
     sizes+=$now$'\n'
-done <<<$'STEPS train\nTRAIN train\nNUM_SAMPLES sample\nSAMPLER sample'
+done
 printf %s "$sizes" >"$out/sizes.txt"
 measured=() planned=() dry=
 

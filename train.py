@@ -44,7 +44,7 @@ PRESETS = {
 MAX_BAD_STEPS = 20                                                    # non-finite steps in a row before the run stops
 MAX_LOSS = 100.0                                                      # mean pixel loss that only a diverged network has
 WRITES = ("last.pt", "step_*.pt", "samples_*.png", "stats.jsonl", "loss.png")
-DRAWN = ("samples.np[yz]", "sample_labels.npy", "grid.png", "nearest.png", "metrics.json", "trajectory.json", "sample.args.json", "evaluate.args.json")     # from its weights
+DRAWN = ("sample*.*", "grid.png", "nearest.png", "metrics.json", "trajectory.json", "evaluate.args.json")                # from its weights
 
 
 # ---------------------------------------------------------------------------------------------- what step n sees
@@ -353,8 +353,8 @@ def train(a, i, stage, device):
     resample = i.weights is not None and a.reweight_mode == "resample"
     order = Order(M, B, a.seed, i.labels, i.weights * counts / (i.weights * counts).sum() if resample else None)
     class_weight = None if i.weights is None or resample else i.weights.float().to(device)
-    if i.weights is not None and abs(at := (i.weights * counts).sum().item() / M - 1) > 1e-3:
-        common.log(f"note: {a.weights} averages {at + 1:.3f} over these images, not 1: it was made for another kept set")
+    if class_weight is not None and abs(at := (i.weights * counts).sum().item() / M - 1) > 1e-3:
+        common.log(f"note: {a.weights} averages {at + 1:.3f} over these images, not 1, and scales the loss by that: was it made for another kept set?")
     wrapped = torch.compile(net) if a.compile else net
     if common.world() > 1:
         wrapped = nn.parallel.DistributedDataParallel(wrapped, broadcast_buffers=False,          # the text table never changes

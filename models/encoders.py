@@ -416,7 +416,7 @@ class Ddae(nn.Module):
         from models import from_checkpoint
         self.net, self.process = from_checkpoint(state, ema=True)
         if state["args"].get("label_drop") == 0:
-            raise ValueError("the checkpoint was trained without label dropout (--label-drop 0), and the null class, with which images are encoded, means nothing to it")
+            raise ValueError("the checkpoint was trained without label dropout (--label-drop 0), and the null class, with which images are encoded, means nothing to it; train with --label-drop above 0, or name another encoder")
         self.channels, self.size = self.net.channels, self.net.size
         if self.channels not in (1, 3):
             raise ValueError(f"the checkpoint works on latents of {self.channels} channels; features need one that was trained on pixels")

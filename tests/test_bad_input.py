@@ -590,6 +590,8 @@ case("trajectory of a damaged checkpoint", "evaluate", cut("run/step_0000001.pt"
 case("trajectory of a checkpoint without seconds", "evaluate", lacks("run/step_0000001.pt", "seconds"), "step_0000001.pt|seconds", "--trajectory")
 case("trajectory of a wrong weight", "evaluate", holds("run/step_0000001.pt", "ema", "x_embedder.proj.weight", torch.ones(2)),
     "step_0000001.pt|x_embedder", "--trajectory")
+for key, value in (("none", None), ("a list", [1]), ("of text settings", {"settings": "x"})):
+    case(f"trajectory key {key}", "report", holds("run/trajectory.json", "key", value), "run/trajectory.json")
 case("trajectory.json a list", "evaluate", put("run/trajectory.json", []), "trajectory.json", instead="--data data --runs run --encoder pixels --trajectory")
 case("checkpoint with a strange name", "evaluate", swap("run/step_x.pt", "run/step_0000002.pt"), "step_x.pt", "--trajectory")
 ST = "--reference-stats s.npz"

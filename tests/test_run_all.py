@@ -56,10 +56,11 @@ def test_unknown_input_is_one_line(copy):
     ({"SEEDS": "0 1 0"}, [], "names something twice"), ({"RUNS": "full randm"}, [], "randm is none of full"), ({"JUDGE_WEIGHTS": "no/such.pth"}, [], "no/such.pth"),
     ({"QUICK": "1", "SCORER": "run_all.sh", "REFERENCE": "run_all.sh"}, ["imagenet", "models"], "QUICK"), ({"SCORER": ""}, ["imagenet", "models"], "SCORER"),
     *(({name: value}, [], f"{name}={value}: must be") for name, values in (("STEPS", "abc 0 -5 1.5 1e3 1e30"), ("NUM_SAMPLES", "-5 0"), ("PER_CLASS", "none"), ("NPROC", "0 two"),
-      ("KEEP", "7 0 0.0 -0.1 1.5 nan 10%"), ("SEEDS", "a -1"), ("REPORT", "ful"), ("TRAJECTORY", "0 every"), ("PROCESS", "sde"), ("SIZE", "8x8")) for value in values.split()),
+      ("KEEP", "7 0 0.0 -0.1 1.5 nan 10% 5e-0 50e-1"), ("SEEDS", "a -1 00"), ("REPORT", "ful"), ("TRAJECTORY", "0 every"), ("PROCESS", "sde"), ("SIZE", "8x8")) for value in values.split()),
     ({"SCORE": "gaussian gausian"}, [], "gausian is none of"), ({"SURROGATE": "incepton"}, [], "SURROGATE: incepton"), ({"VISUAL": "dino"}, [], "VISUAL: dino"), ({"VISUAL": "inception"}, [], "VISUAL: inception"),
     ({"JUDGE": "fid"}, [], "JUDGE: fid"), ({"SIZE": "16"}, [], "SIZE=16 does nothing with digits"), ({"QUICK": "yes"}, [], "QUICK=yes: must be"),
-    ({"JUDGE": "scratch ddae"}, [], "ddae needs JUDGE_WEIGHTS")])
+    ({"JUDGE": "ddae scratch"}, [], "ddae needs JUDGE_WEIGHTS"),
+    ({"JUDGE": "scratch ddae", "JUDGE_WEIGHTS": "run_all.sh"}, [], "name ddae first")])
 def test_bad_choices_are_one_line_before_anything_is_made(sizes, args, says, copy):
     code, out = run_all(copy, *args, **sizes)
     assert code == 2 and says in out and len(out.strip().splitlines()) == 1 and not (copy / "runs").exists()
@@ -132,9 +133,10 @@ def test_quick_adds_to_the_users_flags_and_stands_in_a_folder_of_its_own(stub):
 def test_quick_digits_is_no_longer_than_digits(stub):
     for quick in ("1", "0"):
         (stub[0] / "calls.txt").unlink(missing_ok=True)
-        got = calls(stub, QUICK=quick, OUT=f"runs/{quick}", RUNS="full random pruned")
+        got = calls(stub, QUICK=quick, OUT=f"runs/{quick}")
+        assert [flag(c, "--out") for c in got if c.startswith("train.py") and "random" in c] == [f"runs/{quick}/random", f"runs/{quick}/random-attach"]         # no model twice
         assert all("--steps 800 " in c and "--warmup" not in c for c in got if c.startswith("train.py")) and all("--num 1000 " in c for c in got if c.startswith("sample.py"))
-        assert sum(c.startswith("report.py") for c in got) == (3 if quick == "1" else 1)
+        assert sum(c.startswith("report.py") for c in got) == (6 if quick == "1" else 1)
 
 
 def test_a_corrected_command_is_not_held_against_the_mistake(stub):
@@ -147,7 +149,7 @@ def test_a_corrected_command_is_not_held_against_the_mistake(stub):
     (there / "runs/digits/full").mkdir(exist_ok=True)
     (there / "runs/digits/full/train.args.json").touch()
     p = subprocess.run(["bash", "run_all.sh"], cwd=there, env=env | {"TRAIN": "--lr 1e-4", "RUNS": "full"}, capture_output=True, text=True, timeout=60)
-    assert p.returncode == 2 and "was made with TRAIN=--lr 1e-3, now TRAIN=--lr 1e-4" in p.stderr
+    assert p.returncode == 2 and "was made with TRAIN= --lr 1e-3, now TRAIN= --lr 1e-4" in p.stderr
 
 
 def test_pictures_that_lie_in_data_are_not_overwritten(stub):
@@ -284,4 +286,4 @@ def test_quick_renews_the_report_and_puts_other_reports_beside_it(tmp_path):
     code, out = run_all(copy, PROCESS="ddpm", STEPS="4", NUM_SAMPLES="40", RUNS="full random pruned", JUDGE="scratch", DEVICE="cpu")          # the first report beside it
     assert code == 0 and "report so far" not in out, out[-3000:]
     text = (copy / "runs/digits-ddpm/report/report.md").read_text(encoding="utf-8")
-    assert re.search(r"Pruning, FD against random: [+-]\d+ % here \(one seed\); [+-]\d+ % with SiT-T/2 \(flow\) on digits, 4 steps of 128, scratch \[quick\]", text)
+    assert re.search(r"Pruning, FD against random: [+-]\d+ % here \(one seed\); [+-]\d+ % with SiT-T/2 \(flow\) on digits 8 x 8, 4 steps of 128, scratch \[quick\]", text)
