@@ -303,6 +303,11 @@ def audit(run, ref, a, baseline, draws=20):
 
     def encoded(x):
         return ref.of(x.rows) if isinstance(x, Selection) and x.images is d.images else ref.team.encode(ref.enc, x)
+    alike = None
+    if len(rest) and ref.test is not None:                            # the held-out images of the subset's kind: as large a share, but enough of them to count
+        share = max(len(keep) / len(d.labels), min(1 / 3, 1000 / len(ref.test)))
+        alike = Selection(d.test_images, metrics.most_alike(ref.test, d.test_labels, ref.of(keep), d.labels[keep], ref.features, ref.labels, share))
+        alike = alike if len(alike) else None
     spaces = {ref.enc.name: (encoded, ref.enc.width), "pixels": (raw, d.images[0].size)}        # "pixels" is always the raw ones, not the encoder
     out = {"n": len(thin), "draws": draws, "noise": 0.2, "model_of": "a subset" if len(rest) else "the full set"}
     for space, (encode, width) in list(spaces.items()):
@@ -313,7 +318,7 @@ def audit(run, ref, a, baseline, draws=20):
             continue
         try:
             out[space] = metrics.memorisation_audit(encode, samples, seen, d.labels[keep], pool, pool_labels, heldout,
-                                                    baseline if len(rest) else None, draws, a.seed, device=device)
+                                                    baseline if len(rest) else None, draws, a.seed, device=device, alike=alike)
         except ValueError as e:
             return {"skipped": str(e)}
     if not spaces:

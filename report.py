@@ -302,6 +302,7 @@ def rows_of(runs, judge):
             "worst": classes.get("worst_fd"), "worst_n": classes.get("n"), "read": e.get("read_as_labelled"),
             **{k: e.get(k) for k in ("precision", "recall", "density", "coverage")},
             "memo": share("samples"), "memo_heldout": share("heldout"), "memo_noise": share("noise"), "memo_baseline": share("baseline"),
+            "memo_alike": share("alike"),
             "memo_n": audit.get("n"), "memo_side": memo.get("samples", {}).get("n"), "ratio": ratio("samples"), "ratio_noise": ratio("noise")}
         for k, v in values.items():
             table.setdefault(r.name, {}).setdefault(k, []).append(v)
@@ -420,7 +421,7 @@ def answer_memorising(t):
     """Is it memorising?"""
     out = []
     for name, r in t.items():
-        m, held, noise, base = (mean(r[k]) for k in ("memo", "memo_heldout", "memo_noise", "memo_baseline"))
+        m, held, noise, base, alike = (mean(r[k]) for k in ("memo", "memo_heldout", "memo_noise", "memo_baseline", "memo_alike"))
         if m is None:
             continue
         chance = 1 / math.sqrt(min(r["memo_n"]))                      # two standard errors of a share near one half; seeds share the held-out images
@@ -436,13 +437,16 @@ def answer_memorising(t):
             out.append(f"{name} {verdict}: {m:.2f} of the samples lie nearer to training images than to held-out "
                        f"ones (0.50 = none copied, {noise:.2f} = all of them noisy copies, standard error {error:.2f}){second}")
             continue
-        zero = max(held, base if base is not None else held)
+        zero = max(v for v in (held, base, alike) if v is not None)
         verdict = ("copies" if m > (zero + noise) / 2 else
                    "leans towards copying" if m > zero + max(0.1, chance) else "does not memorise beyond its controls")
-        if abs(held - 0.5) > 0.1 and base is None or noise < zero + 0.2:
+        if abs(held - 0.5) > 0.1 and base is None:
             verdict = "cannot be judged, its controls are off"
+        if noise < zero + 0.2:
+            verdict = "cannot be judged, images that are no copies score almost what copies do"
         out.append(f"{name} {verdict}: {m:.2f} of the samples lie nearer to its own images than to equally many unseen ones "
                    f"(held-out images {held:.2f}"
+                   + (f", those most like its own {alike:.2f}" if alike is not None else "")
                    + (f", samples of the full model {base:.2f}" if base is not None else "") + f", noisy copies {noise:.2f}){second}")
     return out
 

@@ -7,6 +7,8 @@ Nothing here knows an encoder: a Frechet distance is called FID only on pytorch-
     from models.metrics import gaussian_stats, frechet_distance
     fd = frechet_distance(*gaussian_stats(samples), *gaussian_stats(reference))
 """
+import math
+
 import numpy as np
 import torch
 
@@ -344,8 +346,33 @@ def matched_set_test(samples, subset, subset_labels, pool, pool_labels, draws=20
     return dict(share=float(np.mean(shares)), spread=float(np.std(shares)), n=int(sum(sizes)))
 
 
+def most_alike(z, labels, kept, kept_labels, ref, ref_labels, share):
+    """Rows of z, sorted, that look most like a kept subset: the `share` of each class with the largest log N(u; kept) - log N(u; 0, I) (ours).
+
+    What images of the subset's kind score that no model has seen. All are features (n, D) with labels (n,); kept, ref: of the subset and of the full
+    training set. u: features whitened by the mean and covariance of their class in ref. All classes share one Gaussian of the kept u: one a class would
+    tell a small random subset by its chance features. A class with fewer than two images in ref gives no rows.
+    """
+    white = {}
+    for c in np.unique(kept_labels):
+        if (ref_labels == c).sum() > 1:
+            mu, sigma = gaussian_stats(ref, index=np.flatnonzero(ref_labels == c))
+            white[c] = mu, np.linalg.cholesky(sigma + (1e-3 * np.trace(sigma) / len(sigma) + 1e-12) * np.eye(len(sigma)))
+    u = lambda x, y, c: np.linalg.solve(white[c][1], (np.asarray(x[np.flatnonzero(y == c)], np.float64) - white[c][0]).T).T       # noqa: E731
+    own = [u(kept, kept_labels, c) for c in white]
+    if sum(map(len, own)) < 2:
+        return np.empty(0, np.int64)
+    m, S = gaussian_stats(np.concatenate(own))
+    S, rows = S + 1e-3 * np.eye(len(S)), []
+    for c in white:
+        x, mine = u(z, labels, c), np.flatnonzero(labels == c)
+        ratio = (x ** 2).sum(1) - ((x - m) * np.linalg.solve(S, (x - m).T).T).sum(1)           # twice the log-ratio, up to a constant
+        rows.append(mine[np.argsort(-ratio, kind="stable")[:math.ceil(share * len(mine))]])
+    return np.sort(np.concatenate(rows))
+
+
 def memorisation_audit(encode, samples, subset, subset_labels, pool, pool_labels, heldout=None, baseline=None, draws=20, seed=0, noise=0.2,
-                       controls=2000, device=None):
+                       controls=2000, device=None, alike=None):
     """The matched-set test and the neighbour ratio of `samples`, with the controls that say whether to believe them.
 
     encode: uint8 images (n, H, W, C) -> (n, D) vectors (pixel space: flatten, / 127.5 - 1). All other sets are uint8 images.
@@ -353,14 +380,15 @@ def memorisation_audit(encode, samples, subset, subset_labels, pool, pool_labels
     images, pool = the held-out split, heldout = None (it is the pool, so that control does not exist).
     Returns {set: {**matched_set_test, "ratio": nn_ratio_share}} for "samples", "heldout" (must be near 0.5), "noise": seen images + noise in the
     [-1, 1] scale, clipped to uint8 (must be near 1; for a model of the full set this is a perfect copier's score, see matched_set_test), "baseline":
-    samples of a full-set model (the zero, not 0.5, for a subset not drawn at random). Control sets above `controls` images are thinned.
+    samples of a full-set model, "alike": held-out images of the subset's kind, see most_alike (these two are the zero, not 0.5, for a subset not drawn
+    at random: a model of typical images draws typical images, without having copied any). Control sets above `controls` images are thinned.
     """
     rng = np.random.default_rng([seed, 2**31])
     thin = lambda a: np.asarray(a[np.sort(rng.choice(len(a), min(len(a), controls), replace=False))])    # noqa: E731
     seen = thin(subset)
     x = seen / 127.5 - 1 + noise * rng.standard_normal(seen.shape)
     sets = dict(samples=samples, heldout=None if heldout is None else thin(heldout), noise=np.clip(np.rint((x + 1) * 127.5), 0, 255).astype(np.uint8),
-                baseline=baseline)
+                alike=None if alike is None else thin(alike), baseline=baseline)
     def resident(z):                                                  # the searches read these rows many times over: on a GPU they stay there, where they fit
         fits = device is not None and torch.device(device).type == "cuda" and z.nbytes < 0.25 * torch.cuda.mem_get_info(device)[0]
         return torch.as_tensor(z, device=device) if fits else z

@@ -1,4 +1,5 @@
 """models/metrics.py against closed forms, plain loops of the published definitions, scipy, scikit-learn and pytorch-fid."""
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -278,6 +279,40 @@ def test_audit_controls_on_digits():
     assert 0.70 <= a["samples"]["share"] <= 0.80 and set(a) == {"samples", "heldout", "noise", "baseline"}
     assert a["heldout"]["ratio"]["share"] < 0.1 and a["noise"]["ratio"]["share"] > 0.9 and a["samples"]["ratio"]["neighbours"] == 50
     assert 1e-3 < a["heldout"]["spread"] < 0.1
+
+
+def test_most_alike_finds_the_kind_of_the_subset_and_favours_none_for_a_random_one():
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 2, 6000)
+    x = rng.normal(size=(6000, 3)) * (1 + y[:, None]) + 5 * y[:, None]
+    train, test, yt, yh = x[:4000], x[4000:], y[:4000], y[4000:]
+    r = np.linalg.norm((x - 5 * y[:, None]) / (1 + y[:, None]), axis=1)                                # distance to the centre of the class
+    inner = np.flatnonzero(r[:4000] < 1)
+    rows = M.most_alike(test, yh, train[inner], yt[inner], train, yt, 0.1)
+    assert (np.bincount(yh[rows]) == [math.ceil(0.1 * n) for n in np.bincount(yh)]).all() and (np.diff(rows) > 0).all()
+    for c in (0, 1):                                                  # those of the subset's kind: near the centre, whatever the class is like
+        assert r[4000:][rows[yh[rows] == c]].max() < np.quantile(r[4000:][yh == c], 0.15)
+    drawn = np.sort(rng.choice(4000, 400, replace=False))
+    rows = M.most_alike(test, yh, train[drawn], yt[drawn], train, yt, 0.1)
+    nearer = brute(test[rows], train[drawn]).min(1) < brute(test[rows], train[np.setdiff1d(np.arange(4000), drawn)[:400]]).min(1)
+    assert 0.4 < nearer.mean() < 0.6                                  # nothing to tell a random subset by: its figure stays one half
+    # the log-ratio in scipy's words, on features whitened by the class with a root of another kind
+    from scipy.linalg import sqrtm
+    from scipy.stats import multivariate_normal as normal
+
+    def u(a, of, c):
+        full = train[yt == c]
+        sigma = np.cov(full.T)
+        return (a[of == c] - full.mean(0)) @ np.linalg.inv(sqrtm(sigma + 1e-3 * np.trace(sigma) / 3 * np.eye(3)).real)
+    own = np.concatenate([u(train[inner], yt[inner], c) for c in (0, 1)])
+    rows = M.most_alike(test, yh, train[inner], yt[inner], train, yt, 0.05)
+    for c in (0, 1):
+        x, mine = u(test, yh, c), np.flatnonzero(yh == c)
+        want = normal(own.mean(0), np.cov(own.T)).logpdf(x) - normal(np.zeros(3)).logpdf(x)
+        m = math.ceil(0.05 * len(mine))
+        assert len(set(mine[np.argsort(-want)[:m]]) & set(rows)) >= m - 2           # (each class was whitened by a rotation of this root: nearly the same pooled Gaussian)
+    assert len(M.most_alike(test, yh, train[:2], yt[:2], train, yt, 0.01)) == sum(math.ceil(0.01 * (yh == c).sum()) for c in set(yt[:2]))
+    assert M.most_alike(test, yh, train[:2], np.array([0, 1]), train[:1], yt[:1], 0.5).size == 0
 
 
 def test_audit_of_vectors_that_stay_on_a_device_is_the_same():
