@@ -403,8 +403,10 @@ def answer_random(t):
         for mine, other, who, whom in ((DRO, PRUNED, "DRO reweighting", "the same images unweighted"),
                                        (DRO_RESAMPLE, PRUNED, "DRO resampling", "the same images unweighted"),
                                        (DRO_RESAMPLE, DRO, "DRO resampling", "DRO weights in the loss")):
-            if family(run) == mine and (rival := rival_of(t, run, (other,))) and len({*t[run]["worst_n"], *t[rival]["worst_n"]}) == 1:
-                out.append(versus(t, run, rival, who, whom, f"worst-class FD (n={t[run]['worst_n'][0]} a class)", "worst"))     # (it depends on n)
+            if family(run) == mine and (rival := rival_of(t, run, (other,))):
+                out.append(versus(t, run, rival, who, whom))
+                if len({*t[run]["worst_n"], *t[rival]["worst_n"]}) == 1:          # it depends on n
+                    out.append(versus(t, run, rival, who, whom, f"worst-class FD (n={t[run]['worst_n'][0]} a class)", "worst"))
     return [x for x in out if x]
 
 
