@@ -273,8 +273,9 @@ def check_overwrite(base, facts, kills, rng):
         shutil.copytree(before, base / "over_try")
         n = call(f"{new} --overwrite", base / "over_try")[2]
         shutil.rmtree(base / "over_try")
-        said = lambda folder: {k: v for k, v in content(folder / out).items() if not re.match(r"scratch|stats_", k)}        # noqa: E731
-        states = said(before), said(after)                            # but for what others cache in a data folder
+        others = re.compile(r"scratch|stats_|samples\.|sample_labels|sample\.args|grid|nearest|metrics|evaluate")
+        said = lambda folder: {k: v for k, v in content(folder / out).items() if not others.match(k) or stage == "sample"}      # noqa: E731
+        states = said(before), said(after)                            # but for what others cache in a data folder, or drew from a run that is gone
         events = range(1, n + 1) if kills >= n else {*range(1, kills // 2 + 1), *rng.sample(range(1, n + 1), kills - kills // 2)}         # old files go first
         for event in sorted(events):
             for command, right in ((old, states[0]), (new, states[1])):
