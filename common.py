@@ -452,6 +452,13 @@ def check_finite(a, path, what, rows=65536):
             raise UserError(f"{path}: {what} has NaN or infinity, first in row {lo + int(np.argmin(ok))}; make it again")
 
 
+def sound_rows(x, rows, path):
+    """The tensor x (b, ...) that was read as these rows of a file; UserError names the first row that holds NaN or infinity."""
+    if x.is_floating_point() and not (sound := x.isfinite().flatten(1).all(1)).all():
+        raise UserError(f"{path}: NaN or infinity in row {rows[sound.tolist().index(False)]}; write the file again with the stage that makes it")
+    return x
+
+
 def free_memory():
     """Bytes that can be had: Linux counts what its file cache would give back, elsewhere all memory."""
     try:

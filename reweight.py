@@ -187,10 +187,8 @@ def train_proxy(a, i, stage, device):
         u, eps, flip = torch.rand(B, generator=g, device=device), torch.randn(shape, generator=g, device=device), torch.rand(B, generator=g, device=device)
         noise = torch.randn(shape, generator=g, device=device)[lo:hi] if s["latents"] else None
         y_all = labels[rows].to(device)
-        x = torch.from_numpy(i.source[(at := i.keep[rows[lo:hi].numpy()])])
-        if s["latents"] and not (sound := x.isfinite().flatten(1).all(1)).all():
-            raise common.UserError(f"{i.data.folder / 'latents.npy'}: NaN or infinity in row {at[sound.tolist().index(False)]}; write the file again with data.py")
-        x = x.to(device)
+        at = i.keep[rows[lo:hi].numpy()]
+        x = common.sound_rows(torch.from_numpy(i.source[at]), at, i.data.folder / "latents.npy").to(device)
         x = sample_latents(x, s["latent_scale"], noise) if s["latents"] else to_pixels(x)
         x = torch.where((flip < 0.5)[lo:hi].view(-1, 1, 1, 1), x.flip(-1), x) if a.flips else x
         x = x.contiguous(memory_format=torch.channels_last)

@@ -93,11 +93,7 @@ class Rows:
             self.pool, self.next = ThreadPoolExecutor(1), (None, None)
 
     def _read(self, rows):
-        x = torch.from_numpy(self.array[rows])
-        if x.is_floating_point() and not (sound := x.isfinite().flatten(1).all(1)).all():
-            raise common.UserError(f"{getattr(self.array, 'filename', 'input')}: NaN or infinity in row {rows[sound.tolist().index(False)]}; write the file again "
-                                   "with the stage that makes it")
-        return x
+        return common.sound_rows(torch.from_numpy(self.array[rows]), rows, getattr(self.array, "filename", "input"))
 
     def _gather(self, rows):
         out = self._read(self.keep[rows.numpy()])
