@@ -26,6 +26,7 @@ def chaos(*args):
     return p.stdout
 
 
+@pytest.mark.slow
 def test_a_few_kills():
     text = chaos("--short", "--kills", 5, "--seed", 2, "--checks", "lock", "kills")
     assert "kills: 5 kills" in text or "kills: 6 kills" in text
