@@ -459,6 +459,12 @@ def sound_rows(x, rows, path):
     return x
 
 
+def named_twice(paths):
+    """The first of these paths that names the same place as one before it, or None."""
+    places = [Path(p).resolve() for p in paths]
+    return next((p for k, p in enumerate(paths) if places[k] in places[:k]), None)
+
+
 def free_memory():
     """Bytes that can be had: Linux counts what its file cache would give back, elsewhere all memory."""
     try:

@@ -579,7 +579,7 @@ def parse_args(argv=None):
         p.error("--trajectory needs --runs: it draws from their checkpoints")
     if a.trajectory and len(a.encoder) > 1:
         p.error("--trajectory follows a run under one judge; give one --encoder")
-    if twice := next((r for k, r in enumerate(a.runs or ()) if Path(r).resolve() in [Path(x).resolve() for x in a.runs[:k]]), None):
+    if twice := common.named_twice(a.runs or ()):
         p.error(f"--runs: {twice} is named twice")
     if a.samples and (Path(a.out) / "train.args.json").exists() and Path(a.samples).resolve().parent != Path(a.out).resolve():
         p.error(f"--out {a.out} is a run of train.py, and {a.samples} lies elsewhere: its figures would pass for the run's; choose another folder")

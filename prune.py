@@ -8,7 +8,8 @@ carried over to diffusion models). Higher score = kept first, for every score; t
   el2n       hardest for a small network after a few epochs      ccs        el2n without its hardest 10 %, spread evenly over its range
 kcenter, herding, ccs and cluster pick a set: their score is minus the place in the order of picking, -inf for what is not picked.
 With --scope class every class is scored and cut by itself, floor(keep * n_c + 1/2) images, at least one. With --scope global all images compete:
-gaussian and moderate still measure an image against its own class, the others treat the set as one class. kcenter, herding and cluster read the features about once per picked image: on large sets use them per class.
+gaussian and moderate still measure an image against its own class, the others treat the set as one class. kcenter, herding and cluster read the
+features about once per picked image: on large sets use them per class.
 
 Reads   DATA/images.npy  uint8 (N, H, W, C);  DATA/labels.npy  int64 (N,);  DATA/classes.txt
 Writes  OUT/features.npy float32 (N, D), unless --features is given or the score needs none;  OUT/scores.npy float64 (N,);

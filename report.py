@@ -35,6 +35,11 @@ def record_of(folder, script):
     return common.load_record(file) if file.exists() else None
 
 
+def steps_of(train):
+    """Optimizer steps of a run, by its train.args.json."""
+    return train["images_seen"] // train["args"]["batch_size"]
+
+
 def device_seconds(record, seconds):
     """What a script took by the clock, times the processes that it ran on (as its record says, else one). Features, difficulty and tokens are noted
     so already."""
@@ -173,7 +178,7 @@ def read_run(folder):
     common.check_kinds(folder / "train.args.json", "its args", t["args"], data=str, model=str, process=str, batch_size=int, lr=number, ema=number)
     if t["args"]["batch_size"] < 1:
         raise common.UserError(f"{folder / 'train.args.json'}: a batch_size of {t['args']['batch_size']}; train the run again")
-    drawn, stands = m["protocol"].get("checkpoint_step"), t["images_seen"] // t["args"]["batch_size"]
+    drawn, stands = m["protocol"].get("checkpoint_step"), steps_of(t)
     if drawn not in (None, stands):
         raise common.UserError(f"{folder}: samples are of step {drawn}, the run stands at {stands}; draw and evaluate again")
     samples = common.load_npy(folder / "samples.npy", "samples, uint8 (n, H, W, C)", (None,) * 4, "u")
@@ -271,7 +276,7 @@ def use_trajectories(runs, judge):
         kept, r.trajectory = r.trajectory, []
         if not kept:
             continue
-        drawn, end, stands = kept.get("key", {}).get("settings", {}), kept["points"][-1]["step"], r.train["images_seen"] // r.train["args"]["batch_size"]
+        drawn, end, stands = kept.get("key", {}).get("settings", {}), kept["points"][-1]["step"], steps_of(r.train)
         other = next((k for k, v in drawn.items() if r.metrics["protocol"].get(k) != v), None)
         again = "; run evaluate.py --trajectory again"
         wrong = (f"was scored by {kept['name']}, not by this report's judge {judge}: left out" if kept["encoder"] != r.metrics["encoders"][judge]["identity"] else
@@ -296,7 +301,7 @@ def rows_of(runs, judge):
         share = lambda name, memo=memo: memo.get(name, {}).get("share")                         # noqa: E731
         ratio = lambda name, memo=memo: memo.get(name, {}).get("ratio", {}).get("share")        # noqa: E731
         values = {
-            "kept": r.train["images_kept"], "steps": r.train["images_seen"] // r.train["args"]["batch_size"], "epochs": r.train["epochs"],
+            "kept": r.train["images_kept"], "steps": steps_of(r.train), "epochs": r.train["epochs"],
             "images_seen": r.train["images_seen"], "seconds": device_seconds(r.train, r.train["train_seconds"]), "preparation": total(r.preparation),
             "n": e["n"], "fd": e["fd"], "fd_subset": e.get("fd_subset"),
             "worst": classes.get("worst_fd"), "worst_n": classes.get("n"), "read": e.get("read_as_labelled"),
@@ -741,8 +746,8 @@ def warnings(runs, judge):
 
 def about(runs):
     """'SiT-T/2 (flow) on digits 8 x 8, 800 steps of 128'."""
-    a, (model, process, data, size) = runs[0].train["args"], setting_of(runs)
-    return f"{model} ({process}) on {data} {size}, {runs[0].train['images_seen'] // a['batch_size']:,} steps of {a['batch_size']}"
+    train, (model, process, data, size) = runs[0].train, setting_of(runs)
+    return f"{model} ({process}) on {data} {size}, {steps_of(train):,} steps of {train['args']['batch_size']}"
 
 
 def setting_of(runs):
@@ -809,7 +814,7 @@ def main(argv=None):
     a = parse_args(argv)
     out = Path(a.out)
     common.free_for_output(out)
-    if twice := next((r for k, r in enumerate(a.runs) if Path(r).resolve() in [Path(x).resolve() for x in a.runs[:k]]), None):
+    if twice := common.named_twice(a.runs):
         raise common.UserError(f"{twice}: is named twice, and would count as two seeds; name each run once")
     if same := next((r for r in a.runs if Path(r).resolve() == out.resolve()), None):
         raise common.UserError(f"{out}: is the run {same}, whose nearest.png the report's would replace; choose another --out")

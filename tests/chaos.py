@@ -41,6 +41,7 @@ import torch  # noqa: E402
 import torch._dynamo  # noqa: E402, F401 (every optimizer imports it)
 
 import attach, data, evaluate, prune, report, reweight, sample, train  # noqa: E401, E402, F401
+from conftest import copy_kit  # noqa: E402
 
 # (stage, its out folder, command): all paths relative, so that two folders hold the same records
 TRAIN = "train.py --data d --preset digits --steps 12 --batch-size 16 --checkpoint-every 4 --log-every 1 --sample-every 6 --device cpu"
@@ -391,16 +392,8 @@ def check_lock(base, facts, kills, rng):
 
 def check_run_all(base, facts, kills, rng):
     """run_all.sh itself: killed with all that it has started, at random moments, and started again by the same command until it ends."""
-    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "RUNS": "full pruned-dro d2c-select-attach", "STEPS": "12", "NUM_SAMPLES": "40",
+    env = {**{k: v for k, v in os.environ.items() if k != "PYTHONPATH"}, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "RUNS": "full pruned-dro d2c-select-attach", "STEPS": "12", "NUM_SAMPLES": "40",
            "TRAIN": "--checkpoint-every 4", "SAMPLER": "--sampler heun --steps 3 --cfg 1.5", "DRO": "--eta 0.05 --steps 12 --batch-size 16 --burn-in 2 --checkpoint-every 4", "DEVICE": "cpu"}
-
-    def kit(name):
-        there = base / name / "kit"
-        shutil.copytree(ROOT / "models", there / "models", ignore=shutil.ignore_patterns("__pycache__"))
-        (there / "data").mkdir()
-        for f in (*ROOT.glob("*.py"), ROOT / "run_all.sh", ROOT / "requirements.txt", ROOT / "data/digits.npz"):
-            shutil.copy(f, there / f.relative_to(ROOT))
-        return there
 
     def run(there, limit=None):
         """Exit code and output, or None when it was killed after `limit` seconds."""
@@ -414,12 +407,12 @@ def check_run_all(base, facts, kills, rng):
                 return None
             expect(code == 0, there, "ended with", code, (there / "log").read_text()[-2000:])
             return code
-    first, start = kit("straight"), time.time()
+    first, start = copy_kit(base / "straight/kit"), time.time()
     run(first)
     seconds, done, rounds = time.time() - start, 0, 0
     wanted, at = {k: content(first / k) for k in ("runs", "data")}, collections.Counter()
     while done < kills:
-        there, rounds = kit(f"killed{rounds}"), rounds + 1
+        there, rounds = copy_kit(base / f"killed{rounds}/kit"), rounds + 1
         while run(there, rng.uniform(0.05, 1.2) * seconds if done < kills else None) is None:
             done, began = done + 1, [x.split()[1] for x in (there / "log").read_text().splitlines() if x.startswith("--- ")]
             at[began[-1] if began else "before the first stage"] += 1

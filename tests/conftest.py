@@ -2,6 +2,7 @@
 import hashlib
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -27,6 +28,15 @@ def pytest_collection_modifyitems(items):
     for item in items:                                                # diffusers is optional: .ci/run installs it before the slow tests
         if "real_vae" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.slow)
+
+
+def copy_kit(there):
+    """What the scripts need of the repository, copied to `there`."""
+    shutil.copytree(ROOT / "models", there / "models", ignore=shutil.ignore_patterns("__pycache__"))
+    (there / "data").mkdir()
+    for file in (*ROOT.glob("*.py"), ROOT / "run_all.sh", ROOT / "requirements.txt", ROOT / "data/digits.npz"):
+        shutil.copy(file, there / file.relative_to(ROOT))
+    return there
 
 
 def make_data(folder, sizes=(20, 17, 13), side=8, channels=1, seed=0):

@@ -16,20 +16,12 @@ import torchvision
 from PIL import Image
 
 import prune
+from conftest import copy_kit
 from models import encoders
 from models.sit import SiT
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ["full", "random", "pruned", "pruned-dro", "random-attach", "d2c-select", "d2c-select-attach"]
-
-
-def copy_kit(there):
-    """What the scripts need of the repository, copied to `there`."""
-    shutil.copytree(ROOT / "models", there / "models", ignore=shutil.ignore_patterns("__pycache__"))
-    (there / "data").mkdir()
-    for file in (*ROOT.glob("*.py"), ROOT / "run_all.sh", ROOT / "requirements.txt", ROOT / "data/digits.npz"):
-        shutil.copy(file, there / file.relative_to(ROOT))
-    return there
 
 
 @pytest.fixture(scope="module")
