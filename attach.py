@@ -427,9 +427,9 @@ def main(argv=None):
             raise common.UserError(f"{path}: no such file (--{name.replace('_', '-')}); give one")
     outputs = ["keep.npy", *["text.npy", "text_mask.npy"] * (a.text != "none"), *["visual.npy"] * (a.visual != "none"),
                *["difficulty.npy", "difficulty.png"] * (a.scoring or a.difficulty is not None)]
-    stage = common.Stage("attach", a.out, a, {"data": i.data.info, "images": i.pixels.info if a.images else None,
+    stage = common.Stage("attach", a, {"data": i.data.info, "images": i.pixels.info if a.images else None,
                                         **{k: v for k, v in inputs.items() if v and v.is_file()}}, outputs,
-                         ("batch_size", "scoring"), a.overwrite, stale=OUTPUTS, scraps=SCRAPS)
+                         ("batch_size", "scoring"), stale=OUTPUTS, scraps=SCRAPS).__enter__()
     try:
         if stage.done:
             return
@@ -441,7 +441,7 @@ def main(argv=None):
             stood or stage.out.rmdir()
         raise
     finally:
-        stage.release()
+        stage.__exit__(None, None, None)
 
 
 if __name__ == "__main__":

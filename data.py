@@ -429,7 +429,6 @@ def undone_on_failure(stage, record, new_folders):
     try:
         yield
     except BaseException:
-        stage.release()
         if record is None:
             stage.file.unlink(missing_ok=True)
         else:
@@ -685,10 +684,10 @@ def main(argv=None):
             vae = load_vae(args.vae, device)
     new_folders = [p for p in (args.out, *args.out.parents) if not p.exists()]
     outputs = () if args.as_folder else ("dataset.json", *["latents.npy", "latents.json"] * bool(vae))
-    stage = common.Stage("data", args.out, args, inputs, outputs, free=("workers", "root", "batch_size"), overwrite=args.overwrite,
-                         scraps=(BEGUN, "latents.seconds.json"))
+    stage = common.Stage("data", args, inputs, outputs, free=("workers", "root", "batch_size"),
+                         scraps=(BEGUN, "latents.seconds.json")).__enter__()
     if stage.done:
-        return stage.release()
+        return stage.__exit__(None, None, None)
     begun = args.out / BEGUN
     if common.rank() == 0:
         if not begun.exists():

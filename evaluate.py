@@ -601,7 +601,7 @@ def main(argv=None):
         for enc in encs:
             read_statistics(a.reference_stats, enc.width)
     team, everything = Team(encs, a.batch_size, device), list(vars(a))   # a run may be measured in many ways: metrics.json keeps them apart
-    stages = [common.Stage("evaluate", out, a, {"data": d.info}, free=everything, overwrite=True)
+    stages = [common.Stage("evaluate", __import__("argparse").Namespace(**{**vars(a), "out": out, "overwrite": True}), {"data": d.info}, free=everything).__enter__()
               for k, (out, _) in enumerate(pairs) if any(k in todo for *_, todo in jobs)]
     if common.rank() == 0:
         evaluate(a, d, team, runs, full, jobs)

@@ -405,10 +405,10 @@ def main(argv=None):
     weights = args.weights if args.extract and args.weights and args.weights.is_file() else None    # (a folder or a name for clip)
     stale = ["keep.npy", "scores.png", "montage.png"] + ["scores.npy"] * (not args.scores)          # those may be given from this very folder
     stale += ["features.json"] * (args.overwrite and args.extract)              # else the features that stand would be taken for good
-    stage = common.Stage("prune", args.out, args, {"data": d.info, "features": args.features, "scores": args.scores, "weights": weights},
+    stage = common.Stage("prune", args, {"data": d.info, "features": args.features, "scores": args.scores, "weights": weights},
                          ["scores.npy", "keep.npy", "scores.png"] + (d.images is not None) * ["montage.png"],
                          ready=lambda: not args.extract or (args.out / "features.npy").exists(),
-                         free=("batch_size", "extract", "el2n"), overwrite=args.overwrite, stale=stale)
+                         free=("batch_size", "extract", "el2n"), stale=stale, parts=("features.npy",)).__enter__()
     try:
         if not stage.done:
             stage.finish(**prune(args, *inputs))
@@ -419,7 +419,7 @@ def main(argv=None):
                 stood or args.out.rmdir()
         raise
     finally:
-        stage.release()
+        stage.__exit__(None, None, None)
 
 
 if __name__ == "__main__":

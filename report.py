@@ -826,7 +826,7 @@ def main(argv=None):
     notes += use_trajectories(runs, judge)
     t = rows_of(runs, judge)
     reached = reach(runs)
-    common.claim(out)
+    held = common.claim(out); held.__enter__()
     distance = runs[0].metrics["encoders"][judge]["distance"]
     frontier(runs, t, distance, out / "frontier.png")
     at = next((f", {p['n']:,} samples a point" for r in runs for p in r.trajectory), "")

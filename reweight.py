@@ -206,7 +206,7 @@ def train_proxy(a, i, stage, device):
         a_y = log_a.exp()[y_all].float()
         # sum_j a_{y_j} l_j / sum_j a_{y_j} over the whole batch; DDP takes the mean over ranks, hence the number of them
         scaler.scale(common.world() * (a_y[lo:hi] * loss).sum() / a_y.sum()).backward()
-        optimizer.param_groups[0]["lr"] = common.lr_at(step, a)
+        optimizer.param_groups[0]["lr"] = common.lr_at(step, a.lr, a.warmup, a.schedule, a.steps)
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(proxy.parameters(), a.grad_clip or math.inf)
         scaler.step(optimizer)                                        # leaves out a non-finite step
@@ -324,8 +324,8 @@ def main(argv=None):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
     i = load_inputs(a)
     inputs = {"data": i.data.info, "indices": a.indices, "reference": a.reference, "proxy_init": a.proxy_init}
-    stage = common.Stage("reweight", a.out, a, inputs, OUTPUTS, ("checkpoint_every", "log_every"), a.overwrite, stale=OUTPUTS,
-                         scraps=("excess.part.npy",))
+    stage = common.Stage("reweight", a, inputs, OUTPUTS, ("checkpoint_every", "log_every"), stale=OUTPUTS,
+                         scraps=("excess.part.npy",)).__enter__()
     if stage.done:
         return
     if a.eta >= 10:

@@ -122,8 +122,8 @@ def main(argv=None):
     y = make_labels(a.labels, a.num, model.num_classes, a.seed)
     outputs = ["samples.npy", "sample_labels.npy"] + ["samples.npz"] * a.npz
     labels = None if a.labels in ("balanced", "random") else a.labels
-    stage = common.Stage("sample", a.out, a, {"checkpoint": a.checkpoint, "labels": labels}, outputs, ("batch_size", "npz"), a.overwrite,
-                         stale=("samples*.np[yz]", "grid.png"), scraps=("samples.seconds.json",))
+    stage = common.Stage("sample", a, {"checkpoint": a.checkpoint, "labels": labels}, outputs, ("batch_size", "npz"),
+                         stale=("samples*.np[yz]", "grid.png"), scraps=("samples.seconds.json",)).__enter__()
     if stage.done:
         return
     if common.rank() == 0:

@@ -386,7 +386,7 @@ def train(a, i, stage, device):
         drop_all, flip_all = torch.rand(B, generator=g, device=device), torch.rand(B, generator=g, device=device) < 0.5
         post_all = torch.randn(B, *shape, generator=g, device=device) if settings["latents"] else None
         torch.manual_seed(common.generator(a.seed, "dropout", step, common.rank()).initial_seed())          # dropout has no generator of its own
-        optimizer.param_groups[0]["lr"] = common.lr_at(step, a)
+        optimizer.param_groups[0]["lr"] = common.lr_at(step, a.lr, a.warmup, a.schedule, a.steps)
         mine, x_all = rows[lo:hi], images.get(rows[lo:hi], ahead[lo:hi])
         y_all = labels[mine.to(device, non_blocking=True)]
         v_all = visual.get(mine, ahead[lo:hi]) if visual else None
@@ -431,7 +431,7 @@ def train(a, i, stage, device):
                 bar.close()
                 raise common.UserError(f"{stage.out}: {int(bad[0])} steps in a row had a non-finite loss or gradient, up to step {done}; {last_good(stage.out)}; "
                                        "check the data, lower --lr, or use --amp bf16 or none")
-            row = logger.write(done, lr=common.lr_at(step, a), images=images_seen, epoch=images_seen / M, seconds=round(spent, 3), skipped=int(bad[1]), scale=scaler.get_scale())
+            row = logger.write(done, lr=common.lr_at(step, a.lr, a.warmup, a.schedule, a.steps), images=images_seen, epoch=images_seen / M, seconds=round(spent, 3), skipped=int(bad[1]), scale=scaler.get_scale())
             bar.set_postfix(loss=f"{row['diffusion']:.4f}", refresh=False)
             if row["diffusion"] > MAX_LOSS:
                 bar.close()
@@ -539,8 +539,8 @@ def main(argv=None):
     attached = {f"attach_{n}": Path(a.attach) / f"{n}.npy" for n in ("keep", "text", "visual") if a.attach and (Path(a.attach) / f"{n}.npy").exists()}
     inputs, last = {"data": i.data.info, "indices": a.indices, "weights": a.weights, "init": a.init, **attached}, Path(a.out) / "last.pt"
     again = (Path(a.out) / "train.args.json").exists()                # the samples and figures of a run that is made anew must not pass for the new run's
-    stage = common.Stage("train", a.out, a, inputs, ("last.pt", "loss.png"), free, a.overwrite, stale=WRITES + DRAWN * again,
-                         ready=lambda: steps_left(last, common.load_pt(last)["step"], a.steps) == 0)
+    stage = common.Stage("train", a, inputs, ("last.pt", "loss.png"), free, stale=WRITES + DRAWN * again,
+                         ready=lambda: steps_left(last, common.load_pt(last)["step"], a.steps) == 0).__enter__()
     if stage.done:
         return
     stage.finish(**train(a, i, stage, device))

@@ -32,7 +32,8 @@ def pytest_collection_modifyitems(items):
 
 def copy_kit(there):
     """What the scripts need of the repository, copied to `there`."""
-    shutil.copytree(ROOT / "models", there / "models", ignore=shutil.ignore_patterns("__pycache__"))
+    for folder in ("common", "models"):
+        shutil.copytree(ROOT / folder, there / folder, ignore=shutil.ignore_patterns("__pycache__"))
     (there / "data").mkdir()
     for file in (*ROOT.glob("*.py"), ROOT / "run_all.sh", ROOT / "requirements.txt", ROOT / "data/digits.npz"):
         shutil.copy(file, there / file.relative_to(ROOT))

@@ -1,0 +1,46 @@
+"""The machinery that every stage shares, in small rooms. Nothing here knows a paper.
+
+A room is opened when one of its names is first used: `import common` loads this index alone, so that a
+formula can be imported from a stage without locks, progress bars or pictures.
+
+    import common
+
+    @common.command                       # a mistake of the user's ends in one line and exit code 2
+    def main(argv=None):
+        labels = common.load_npy(path, "labels, int64 (N,)", (None,), "iu")
+"""
+import functools
+import importlib
+
+ROOMS = {
+    "errors": "UserError need reading user_errors machine_errors",
+    "processes": "world rank get_device dist_timeout single_process barrier all_reduce shard from_rank0 "
+                 "gather log progress",
+    "cli": "Parser number count batch_type seed_type add_run_flags",
+    "files": "atomic sweep need_disk free_for_output allocate write_at save_npy save_pt save_text save_json "
+             "load_npy load_npz load_pt load_json load_record load_lines fields check_kinds check_finite sound_rows "
+             "named_twice sha256",
+    "stage": "Stage claim fill provenance",
+    "inputs": "open_data load_indices check_origin rows_by_class load_checkpoint open_checkpoint "
+              "open_encoder",
+    "loop": "AMP autocast generator lr_at optimizer_of optimizer_step Stop",
+    "pictures": "no_bombs save_grid save_figure figure shown_classes",
+}
+_room_of = {name: room for room, names in ROOMS.items() for name in names.split()}
+
+
+def __getattr__(name):
+    """The function, class or room `name`; its file is read now if it has not been before."""
+    if name in ROOMS:
+        return importlib.import_module(f"common.{name}")
+    if name in _room_of:
+        return getattr(importlib.import_module(f"common.{_room_of[name]}"), name)
+    raise AttributeError(f"module 'common' has no attribute {name!r}")
+
+
+def command(main):
+    """Decorator of a script's main(argv): errors and signals end in one line and the right exit code."""
+    @functools.wraps(main)
+    def run(argv=None):
+        return importlib.import_module("common.cli").run_command(main, argv)
+    return run

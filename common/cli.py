@@ -1,0 +1,133 @@
+"""The command line: a parser with one-line errors, range-checked types, and what main() ends in."""
+import argparse
+import contextlib
+import math
+import os
+import re
+import signal
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+
+from common.errors import UserError, machine_errors
+from common.processes import dist_timeout, rank, world
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The docstring as it stands, and the default of every flag."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with the script's docstring as the manual page and errors of one line."""
+
+    def __init__(self, doc, **kw):
+        super().__init__(description=doc, formatter_class=Help, allow_abbrev=False, **kw)
+
+    def error(self, message):
+        raise UserError(f"{message} (see --help)")
+
+    def parse_known_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else list(args)
+        # --indices "$KEEP" with KEEP unset must not mean "all images".
+        for before, word in zip(["", *args], args):
+            if word == "" or (word.startswith("--") and word.endswith("=")):
+                self.error(f"{word or before or 'an argument'}: is empty; give a value or leave it out")
+        return super().parse_known_args(args, namespace)
+
+
+def number(kind=float, low=-math.inf, high=math.inf, above=-math.inf):
+    """An argparse type: a finite int or float with low <= x <= high and x > above."""
+    bounds = []
+    if above > -math.inf:
+        bounds.append(f"> {above:g}")
+    if low > -math.inf:
+        bounds.append(f">= {low:g}")
+    if high < math.inf:
+        bounds.append(f"<= {high:g}")
+
+    def parse(text):
+        try:
+            x = kind(text)
+        except ValueError:
+            name = "an integer" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {name}")
+        # Comparisons, not math.isfinite: that overflows on a huge int.
+        finite = -math.inf < x < math.inf
+        if not (finite and low <= x <= high and x > above):
+            wanted = " and ".join(bounds) or "finite"
+            raise argparse.ArgumentTypeError(f"{text} is out of range: must be {wanted}")
+        return x
+    return parse
+
+
+count = number(int, low=1, high=2**40)                # the type of every "how many" flag
+batch_type = number(int, low=1, high=2**20)
+seed_type = number(int, low=0, high=2**62)
+
+
+def add_run_flags(parser, overwrite, seed=None):
+    """The flags that every stage ends with: --seed (where it draws anything), --device, --overwrite."""
+    if seed:
+        parser.add_argument("--seed", type=seed_type, default=0, help=seed)
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--overwrite", action="store_true", help=overwrite)
+
+
+@contextlib.contextmanager
+def terminated():
+    """SIGTERM ends the process with 143, unless this is a thread: then signals are somebody else's."""
+    try:
+        old = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    except ValueError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, old)
+
+
+def run_command(main, argv=None):
+    """main(argv). A user's mistake, a full disk and SIGTERM end in one line and the right exit code."""
+    script = Path(sys.modules[main.__module__].__file__).name
+    where = f" [rank {rank()} of {world()}]" if world() > 1 else ""
+    try:
+        with terminated(), machine_errors():
+            result = main(argv)
+        if world() > 1 and torch.distributed.is_initialized():
+            # Without this a process that ends first aborts now and then.
+            torch.distributed.destroy_process_group()
+        return result
+    except UserError as e:
+        print(f"{script}: error: {' '.join(str(e).split())}{where}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        code = 130
+    except (Exception, SystemExit) as e:
+        if world() == 1:
+            raise
+        code = failed_rank(e, script, where)
+    if world() > 1:
+        # A rank that fails must not leave the others waiting.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    raise SystemExit(code)
+
+
+def failed_rank(error, script, where):
+    """Says what ended one of several processes; returns its exit code."""
+    if isinstance(error, SystemExit):
+        return error.code or 0
+    lost = re.search(r"Ranks? ([\d, ]+) failed to pass monitoredBarrier|/gloo/|NCCL", str(error))
+    if not (lost and isinstance(error, RuntimeError)):
+        traceback.print_exception(error)
+        return 1
+    who = f"rank {lost[1]}" if lost[1] else "another process"
+    tail = " ".join(str(error).split())[-160:]
+    print(f"{script}: error: {who} has ended, or did not come within DIST_TIMEOUT = "
+          f"{dist_timeout().total_seconds():.0f} s; torchrun names the first that failed (... {tail}){where}",
+          file=sys.stderr)
+    return 1
