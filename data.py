@@ -588,7 +588,7 @@ def encode(args, info, vae, device):
     """latents.npy, by every process its part, then latents.json and dataset.json by rank 0. info: what was begun."""
     import torch
     from models.diffusion import to_pixels
-    from models.encoders import latent_moments, latent_sums
+    from models.vae import latent_moments, latent_sums
     out, labels, size = args.out, np.load(args.out / "labels.npy"), None
     if args.latents_only:
         source, size = read_source(args.source, args.root), args.size
@@ -679,7 +679,7 @@ def main(argv=None):
     if args.vae:
         args.vae = str(Path(args.vae).resolve()) if Path(args.vae).is_dir() else args.vae
         device = common.get_device(args.device)
-        from models.encoders import load_vae
+        from models.vae import load_vae
         with common.user_errors():
             vae = load_vae(args.vae, device)
     new_folders = [p for p in (args.out, *args.out.parents) if not p.exists()]

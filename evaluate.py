@@ -137,7 +137,8 @@ class Team:
         """(features of this rank's part of one sample for each label of y (n,), what the checkpoint says of its training)."""
         state, model, process = common.open_checkpoint(file)
         model, (lo, hi), images = model.to(self.device, memory_format=torch.channels_last), common.shard(len(y)), []
-        vae = encoders.load_vae(record["vae"], self.device) if state["args"]["latents"] else None
+        from models.vae import load_vae
+        vae = load_vae(record["vae"], self.device) if state["args"]["latents"] else None
         for k in range(lo, hi, self.batch_size):
             ids = range(k, min(k + self.batch_size, hi))
             with common.autocast(self.device, record["amp"]):

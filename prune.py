@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 import common
-from models import encoders
+from models import encoders, scratch
 
 FEATURE_SCORES = ("gaussian", "moderate", "kcenter", "herding", "cluster")
 SCORES = (*FEATURE_SCORES, "random", "el2n", "ccs")
@@ -369,7 +369,7 @@ def cut(args, d, groups, m, features, scores, device):
                    "distances are almost constant (the order still holds); a narrower surrogate separates them better")
     if args.score:
         with common.user_errors():
-            difficulty = encoders.el2n(d.images, d.labels, d.num_classes, device, args.el2n_epoch) if args.el2n else scores
+            difficulty = scratch.el2n(d.images, d.labels, d.num_classes, device, args.el2n_epoch) if args.el2n else scores
             scores = score_all(args.score, groups, m, tie, args.seed, features, difficulty, d.labels)
     keep = top(scores, groups, m, tie)
     kept = np.bincount(d.labels[keep], minlength=d.num_classes)

@@ -64,7 +64,7 @@ def open_vae(a, settings, device):
     a.vae = a.vae or settings.get("vae")
     if not a.vae:
         raise common.UserError(f"{a.checkpoint}: a model of latents that does not name its VAE; give --vae")
-    from models.encoders import load_vae
+    from models.vae import load_vae
     with common.user_errors():
         vae = load_vae(a.vae, device)
     for what, mine, theirs in (("channels", vae.channels, settings["channels"]), ("scale", vae.scale, settings.get("latent_scale"))):

@@ -33,7 +33,7 @@ import common
 import models
 from models.conditioning import Projector, alignment_loss, drop_labels, match_grid, mean_token_cosine
 from models.diffusion import diffusion_loss, generate, make_process, sample_latents, to_pixels, to_uint8
-from models.encoders import check_latents
+from models.vae import check_latents
 
 # The published recipe of each scale (DDPM's CIFAR-10 setting, SiT's ImageNet setting; digits is this kit's own). A flag overrides.
 PRESETS = {

@@ -259,7 +259,7 @@ def forward_flops(net, *inputs):
 
 def training_data(folder, latents, classes):
     """A data folder of 2 048 random images 32 x 32 x 3, or as many latents 32 x 32 x 4, in `classes` classes."""
-    from models.encoders import latent_moments, latent_sums
+    from models.vae import latent_moments, latent_sums
     folder.mkdir()
     rng, n = np.random.default_rng(0), 2048
     np.save(folder / "labels.npy", np.arange(n) % classes)

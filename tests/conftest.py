@@ -91,7 +91,7 @@ def published_loss(net, kind, x, u, eps, y):
 
 
 class FakeKL:
-    """What models.encoders.Vae asks of diffusers' AutoencoderKL, in a few lines: every 2 x 2 pixels become one, no weights. `seen`: batch sizes."""
+    """What models.vae.Vae asks of diffusers' AutoencoderKL, in a few lines: every 2 x 2 pixels become one, no weights. `seen`: batch sizes."""
     config = dict(in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(1, 1), scaling_factor=0.25)
 
     def __init__(self):
@@ -111,17 +111,17 @@ class FakeKL:
 
 def use_fake_vae(**config):
     """Put it in the place of every VAE that is asked for; returns the network."""
-    from models import encoders
+    from models import vae
     net = FakeKL()
     net.config = {**FakeKL.config, **config}
-    encoders.load_vae = lambda name, device="cpu": encoders.Vae(net, name)
+    vae.load_vae = lambda name, device="cpu": vae.Vae(net, name)
     return net
 
 
 @pytest.fixture
 def fake_vae(monkeypatch):
-    from models import encoders
-    monkeypatch.setattr(encoders, "load_vae", encoders.load_vae)      # put back afterwards
+    from models import vae
+    monkeypatch.setattr(vae, "load_vae", vae.load_vae)      # put back afterwards
     return use_fake_vae()
 
 

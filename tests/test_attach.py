@@ -17,7 +17,7 @@ import train
 from conftest import processes
 from models.conditioning import class_words, minilm_tokens, text_tokens
 from models.diffusion import DDPM, Flow
-from models.encoders import train_scratch
+from models.scratch import train_scratch
 from models.sit import SiT
 
 ROOT = Path(attach.__file__).parent

@@ -18,10 +18,10 @@ import common
 import data
 from conftest import ROOT, FakeKL
 from conftest import processes as run_ranks
-from models import encoders
+from models import vae
 
 RNG = np.random.default_rng(0)
-REAL_LOAD = encoders.load_vae
+REAL_LOAD = vae.load_vae
 
 
 def noise(*shape):
@@ -524,7 +524,7 @@ def test_mistakes_with_latents(pictures, tmp_path, fake_vae, monkeypatch, capsys
     save(pictures / "c0" / "0.png", noise(9, 12))
     with monkeypatch.context() as m:
         m.setitem(sys.modules, "diffusers", None)                     # as if it were not installed
-        m.setattr(encoders, "load_vae", REAL_LOAD)
+        m.setattr(vae, "load_vae", REAL_LOAD)
         assert "pip install diffusers" in message(only)
 
     def later(*flags, size=8):                                        # found in the middle: what is done stays, to go on from
@@ -561,7 +561,7 @@ def test_a_vae_of_another_kind_is_refused():
         net = FakeKL()
         net.config = {**net.config, **change}
         with pytest.raises(ValueError, match=word):
-            encoders.Vae(net, "x")
+            vae.Vae(net, "x")
     with pytest.raises(FileNotFoundError if importable("diffusers") else ImportError):
         REAL_LOAD("/no/such/folder")
 
@@ -607,7 +607,7 @@ def test_latents_of_the_real_format(pictures, real_vae, tmp_path, capsys):
     save_file(weights, old / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
     config = json.loads((old / "config.json").read_text())
     (old / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "scaling_factor"}))
-    a, b, x = encoders.load_vae(old), encoders.load_vae(folder), torch.rand(2, 3, 16, 16)
+    a, b, x = vae.load_vae(old), vae.load_vae(folder), torch.rand(2, 3, 16, 16)
     assert torch.equal(a.encode(x), b.encode(x)) and (a.scale, b.scale) == (0.18215, 0.3)
     del weights["encoder.conv_in.bias"]
     save_file(weights, old / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})

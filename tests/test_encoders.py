@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
-from models import encoders
+from models import encoders, scratch
 
 URL_FID = encoders.URLS["inception"]
 
@@ -274,7 +274,7 @@ def digits(tmp_path_factory):
     x, y = (d.images * 255 / 16).round().astype(np.uint8)[..., None], d.target
     order = np.random.default_rng(0).permutation(len(x))
     train, test = order[:1500], order[1500:]
-    state = encoders.train_scratch(x[train], y[train], 10, "cpu", test_images=x[test], test_labels=y[test])
+    state = scratch.train_scratch(x[train], y[train], 10, "cpu", test_images=x[test], test_labels=y[test])
     path = tmp_path_factory.mktemp("s") / "scratch.pt"
     torch.save(state, path)
     return x[train], y[train], x[test], y[test], state, path
@@ -297,7 +297,7 @@ def test_scratch_is_a_function_of_its_seed(digits):
     x, y = digits[0][:16], digits[1][:16]
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    a, b, c = (encoders.train_scratch(x, y, 10, "cpu", seed=s, epochs=1) for s in (1, 1, 2))
+    a, b, c = (scratch.train_scratch(x, y, 10, "cpu", seed=s, epochs=1) for s in (1, 1, 2))
     assert torch.equal(before, torch.get_rng_state())                                 # the caller's stream is left alone
     assert all(torch.equal(v, b["model"][k]) for k, v in a["model"].items()) and a["accuracy"] is None and a["seed"] == 1
     assert (a["model"]["head.weight"] - c["model"]["head.weight"]).abs().max() > 0.05  # one small step apart from where they began
@@ -306,25 +306,25 @@ def test_scratch_is_a_function_of_its_seed(digits):
 @pytest.mark.parametrize("size, channels, width, tokens", [(8, 1, 32, 16), (28, 1, 112, 49), (32, 3, 128, 64), (100, 3, 256, 64), (5, 3, 32, 9)])
 def test_scratch_widths(size, channels, width, tokens):
     x, y = pictures(4, size, channels), np.array([0, 1, 0, 1])
-    state = encoders.train_scratch(x, y, 2, "cpu", epochs=1, test_images=x, test_labels=y)
-    net = encoders.Scratch.restore(state)
+    state = scratch.train_scratch(x, y, 2, "cpu", epochs=1, test_images=x, test_labels=y)
+    net = scratch.Scratch.restore(state)
     z, v, logits = net.eval()(torch.from_numpy(x).permute(0, 3, 1, 2) / 255)
     assert z.shape == (4, width) and v.shape == (4, tokens, width) and logits.shape == (4, 2) and 0 <= state["accuracy"] <= 1
 
 
 def test_scratch_refuses_what_it_cannot_learn():
     with pytest.raises(ValueError, match="use another encoder"):
-        encoders.train_scratch(pictures(4, 8, 1), np.zeros(4, int), 1, "cpu")
+        scratch.train_scratch(pictures(4, 8, 1), np.zeros(4, int), 1, "cpu")
     for labels, k in (([0, 1, 2], 3), ([0, 1, 2, 3], 3), ([-1, 1, 2, 0], 3)):
         with pytest.raises(ValueError, match="for 4 images of 3 classes"):
-            encoders.train_scratch(pictures(4, 8, 1), labels, k, "cpu")
+            scratch.train_scratch(pictures(4, 8, 1), labels, k, "cpu")
 
 
 def test_augment_is_a_shift_and_an_occasional_mirror():
     x = torch.from_numpy(pictures(200, 8, 3)) | 1                                     # no black pixel but those that move in
     for flip in (False, True):
         mirrored, shifts = 0, set()
-        for a, b in zip(x, encoders.augment(x, torch.Generator().manual_seed(0), flip)):
+        for a, b in zip(x, scratch.augment(x, torch.Generator().manual_seed(0), flip)):
             found = []
             for m in (False, True):
                 for dy in (-1, 0, 1):
@@ -345,18 +345,18 @@ def test_augment_is_a_shift_and_an_occasional_mirror():
 
 def test_digits_are_never_mirrored(monkeypatch):
     seen = []
-    real = encoders.augment
-    monkeypatch.setattr(encoders, "augment", lambda x, g, flip: seen.append((x.shape[1], flip)) or real(x, g, flip))
+    real = scratch.augment
+    monkeypatch.setattr(scratch, "augment", lambda x, g, flip: seen.append((x.shape[1], flip)) or real(x, g, flip))
     for size in (8, 28, 32):
-        encoders.train_scratch(pictures(4, size, 1), [0, 1, 0, 1], 2, "cpu", epochs=1)
+        scratch.train_scratch(pictures(4, size, 1), [0, 1, 0, 1], 2, "cpu", epochs=1)
     assert set(seen) == {(8, False), (28, False), (32, True)}
 
 
 def test_el2n_against_a_plain_loop(digits):
     x, y = digits[0][:60], digits[1][:60]
-    got, want = encoders.el2n(x, y, 10, "cpu", epochs=6, seeds=2), np.zeros(60)
+    got, want = scratch.el2n(x, y, 10, "cpu", epochs=6, seeds=2), np.zeros(60)
     for seed in (0, 1):
-        net = encoders.Scratch.restore(encoders.train_scratch(x, y, 10, "cpu", seed=seed, stop=6)).eval()
+        net = scratch.Scratch.restore(scratch.train_scratch(x, y, 10, "cpu", seed=seed, stop=6)).eval()
         for i in range(60):
             with torch.no_grad():
                 z = net(torch.from_numpy(x[i:i + 1]).permute(0, 3, 1, 2) / 255)[2][0].double().numpy()

@@ -15,7 +15,7 @@ import evaluate
 import sample
 import train
 from conftest import processes
-from models import encoders, metrics
+from models import encoders, metrics, scratch
 
 ROOT = Path(__file__).resolve().parent.parent
 K, PER, TEST = 3, 40, 8                                               # classes, training and held-out images of each
@@ -305,7 +305,7 @@ def test_what_has_changed_is_measured_again(world, capsys):
     m, = run(world, runs=("full",))
     assert list(m["encoders"]) == ["scratch"] and "nothing to do" not in capsys.readouterr().out                 # figures of other samples do not stay
     d = common.open_data(world / "data")
-    common.save_pt(world / "data" / "scratch.pt", encoders.train_scratch(d.images, d.labels, K, "cpu", seed=5, stop=2))
+    common.save_pt(world / "data" / "scratch.pt", scratch.train_scratch(d.images, d.labels, K, "cpu", seed=5, stop=2))
     new, = run(world, runs=("full",))
     assert new["encoders"]["scratch"]["identity"] != m["encoders"]["scratch"]["identity"]                        # another judge
 

@@ -281,12 +281,13 @@ def no_training(monkeypatch):
     def el2n(images, labels, num_classes, device, epochs, seeds=3):
         assert images.dtype == np.uint8 and num_classes == 3 and epochs == 4
         return np.random.default_rng(11).random(len(images))
-    monkeypatch.setattr(prune.encoders, "el2n", el2n)
+    monkeypatch.setattr(prune.scratch, "el2n", el2n)
 
 
 def forbid(monkeypatch, *names):
     for name in names:
-        monkeypatch.setattr(prune.encoders, name, lambda *a, **k: pytest.fail(f"{name} was called"))
+        module = prune.scratch if name == "el2n" else prune.encoders
+        monkeypatch.setattr(module, name, lambda *a, **k: pytest.fail(f"{name} was called"))
 
 
 @pytest.mark.parametrize("score", prune.SCORES)
@@ -403,13 +404,13 @@ def test_other_arguments_need_another_folder(data, tmp_path, capsys):
 
 
 def test_scratch_is_trained_once_and_kept_with_the_data(data, tmp_path, monkeypatch):
-    real, calls = prune.encoders.train_scratch, []
+    real, calls = prune.scratch.train_scratch, []
 
     def train(*a, **k):
         calls.append(a[2:])
         k.pop("test_images"), k.pop("test_labels")
         return real(*a, epochs=1, **k)
-    monkeypatch.setattr(prune.encoders, "train_scratch", train)
+    monkeypatch.setattr(prune.scratch, "train_scratch", train)
     run(data, tmp_path / "a", "--surrogate", "scratch", "--score", "herding", "--keep", 0.5, "--seed", 3)
     run(data, tmp_path / "b", "--surrogate", "scratch", "--score", "moderate", "--keep", 0.5, "--seed", 3)
     assert len(calls) == 1 and calls[0][0] == 3 and (data / "scratch.pt").exists()
