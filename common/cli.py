@@ -75,6 +75,16 @@ def add_run_flags(parser, overwrite, seed=None):
     parser.add_argument("--overwrite", action="store_true", help=overwrite)
 
 
+def add_list_flag(parser, **choices):
+    """`--list NAME` prints the words that a flag or variable of this name may take, and ends. For run_all.sh."""
+    class List(argparse.Action):
+        def __call__(self, parser, namespace, value, option_string=None):
+            print(*choices[value])
+            parser.exit(0)
+    parser.add_argument("--list", choices=sorted(choices), action=List, dest=argparse.SUPPRESS,
+                        default=argparse.SUPPRESS, help="print the choices of this name and end")
+
+
 @contextlib.contextmanager
 def terminated():
     """SIGTERM ends the process with 143, unless this is a thread: then signals are somebody else's."""

@@ -37,7 +37,7 @@ def reading(path, what, remedy="write it again with the script that makes it"):
     except KeyError as e:
         raise UserError(f"{path}: lacks {e}, so it is no {what}; {remedy}") from e
     except Exception as e:
-        raise UserError(f"{path}: not readable as {what} ({first_line(e, 120)}); {remedy}") from e
+        raise UserError(f"{path}: not a readable {what} ({first_line(e, 120)}); {remedy}") from e
 
 
 @contextlib.contextmanager

@@ -8,8 +8,10 @@ import numpy as np
 import torch
 import torch.nn as nn
 
+from common.errors import need
 from common.processes import all_reduce, log
 
+MAX_BAD_STEPS = 20                                    # non-finite steps in a row before a run stops
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -61,6 +63,37 @@ def optimizer_step(optimizer, scaler, net, grad_clip, amp):
     scaler.update(None if amp == "fp16" else 1.0)
     optimizer.zero_grad(set_to_none=True)
     return norm
+
+
+class BadSteps:
+    """Counts the steps whose loss or gradient was not finite, in a row and in all.
+
+    On the device, so that counting waits for nothing; `refuse` and `in_a_row` wait for it.
+    """
+
+    def __init__(self, device, before=0):
+        self.counts = torch.tensor([0, before], device=device)        # in a row, in all
+
+    def add(self, norm):
+        """Note the gradient norm of one step; returns whether it was finite, a bool tensor."""
+        finite = norm.isfinite()
+        self.counts[0] = torch.where(finite, 0, self.counts[0] + 1)
+        self.counts[1] += ~finite
+        return finite
+
+    def in_a_row(self):
+        return int(self.counts[0])
+
+    def in_all(self):
+        return int(self.counts[1])
+
+    def refuse(self, out, done, last, stands=""):
+        """UserError when the run has diverged; stands: what is left of it, in words."""
+        row = self.in_a_row()
+        # One or two are fp16 finding its scale, and the weights are sound.
+        sound = row <= 2 if last else row < MAX_BAD_STEPS
+        need(sound, f"{out}: {row} steps in a row had a non-finite loss or gradient, up to step {done}; {stands}"
+                    "check the data, lower --lr, or use --amp bf16 or none")
 
 
 class Stop:
