@@ -912,17 +912,25 @@ def test_a_first_call_that_fails_late_leaves_nothing(world):
 
 
 def test_a_call_that_fails_after_its_first_output_can_be_resumed(world):
-    for first in (True, False):                                       # a new folder, then one that held something
-        stage = common.Stage("toy", "new/out", argparse.Namespace(n=int(first)), overwrite=True)
-        mine = Path("new/out/toy.args.json").read_text()
-        Path(f"new/out/part{first}").write_text("x")
-        stage.undo()
-        assert Path("new/out/toy.args.json").read_text() == mine
-        stage.release()
-    stage = common.Stage("toy", "new/out", argparse.Namespace(n=9), overwrite=True)
-    stage.undo()                                                      # nothing but the record was written: the earlier one is back
-    assert Path("new/out/toy.args.json").read_text() == mine
-    stage.release()
+    def call(n, part=None, outputs=("x.npy",)):
+        args = argparse.Namespace(n=n, out="new/out", overwrite=False)
+        with common.Stage("toy", args, outputs=outputs) as stage:
+            if part:
+                Path("new/out", part).write_text("x")
+            if not stage.resuming:
+                raise common.UserError("later")
+            return Path("new/out/toy.args.json").read_text()
+    for first in (True, False):                                       # a new folder, then one that holds something
+        with pytest.raises(common.UserError, match="later"):
+            call(1, "x.part.npy" if first else "x.npy")
+        assert '"n": 1' in call(1)
+        with pytest.raises(common.UserError, match="--n = 1, now 9"):
+            call(9)                                                   # what stands is bound to its arguments
+        for file in Path("new/out").glob("x.*"):
+            file.unlink()
+    with pytest.raises(common.UserError, match="later"):
+        call(9)                                                       # nothing but the record stands, and that binds nobody
+    assert not list(Path("new/out").iterdir())
 
 
 @pytest.mark.parametrize("error, words", [

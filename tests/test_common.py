@@ -1,10 +1,12 @@
-"""common.py: nothing half-written, nothing unpickled, one clear line for each mistake, the lock and the resume rule."""
+"""common/: rooms that open one way, nothing half-written, nothing unpickled, one clear line for each mistake, the lock and the resume rule."""
 import argparse
+import ast
 import errno
 import fcntl
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -18,7 +20,7 @@ import pytest
 import torch
 
 import common
-from conftest import processes
+from conftest import ROOT, processes
 
 
 class Canary:
@@ -126,6 +128,50 @@ def test_load_pt_never_runs_what_is_in_the_file(tmp_path):
     assert "JSON" in line_of(common.load_json, f, "x")
 
 
+# ---------------------------------------------------------------------------------------------- the rooms
+ORDER = ["errors", "processes", "cli", "files", "pictures", "stage", "inputs", "loop"]
+
+
+def imports_of(file):
+    """The modules that a file names in its import statements, wherever they stand."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            yield node.module
+        elif isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+
+
+def test_the_index_names_what_the_rooms_hold_and_what_the_stages_use():
+    assert sorted(common.ROOMS) == sorted(f.stem for f in (ROOT / "common").glob("*.py") if f.stem != "__init__")
+    for room, names in common.ROOMS.items():
+        for name in names.split():
+            assert getattr(common, name) is getattr(getattr(common, room), name), name
+    for file in [*ROOT.glob("*.py"), *(ROOT / "tests").glob("*.py")]:
+        for name in set(re.findall(r"\bcommon\.([a-zA-Z_]+)", file.read_text(encoding="utf-8"))) - {"py"}:
+            getattr(common, name)                                     # AttributeError names the one that is missing
+    with pytest.raises(AttributeError, match="nonsense"):
+        common.nonsense
+
+
+def test_imports_run_one_way():
+    """Stage -> common -> models; inside common a room imports only those before it in ORDER; models/ knows nobody above it."""
+    stages = {f.stem for f in ROOT.glob("*.py")}
+    for file in [*(ROOT / "common").glob("*.py"), *(ROOT / "models").glob("*.py"), *ROOT.glob("*.py")]:
+        for module in imports_of(file):
+            top, _, room = module.partition(".")
+            assert top not in stages, f"{file.name} imports the stage {module}"
+            if file.parent.name == "models":
+                assert top != "common", f"{file.name} imports {module}"
+            if file.parent.name == "common" and file.stem != "__init__" and top == "common":
+                assert room in ORDER[:ORDER.index(file.stem)], f"{file.name} imports {module}"
+
+
+def test_importing_the_index_opens_no_room():
+    code = "import sys, common; print(*sorted(m for m in sys.modules if m.startswith('common')), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.split() == ["common", "False"], done
+
+
 # ---------------------------------------------------------------------------------------------- numbers and seeds
 def test_number_refuses_what_is_not_a_number_in_range():
     good = common.number(float, low=0, high=1)
@@ -212,77 +258,131 @@ def test_command_turns_mistakes_into_one_line_and_the_right_code(capsys):
 
 
 # ---------------------------------------------------------------------------------------------- the resume rule
-def stage(out, n=1, seed=0, inputs=(), **kw):
-    return common.Stage("toy", out, argparse.Namespace(n=n, seed=seed, batch=n * 8, out=str(out), overwrite=False, device="cpu"), inputs, ("x.npy",), ("batch",), **kw)
+def stage(out, n=1, seed=0, inputs=(), overwrite=False, **kw):
+    args = argparse.Namespace(n=n, seed=seed, batch=n * 8, out=str(out), overwrite=overwrite, device="cpu")
+    return common.Stage("toy", args, inputs, ("x.npy",), ("batch",), **kw)
+
+
+def enter(out, **kw):
+    with stage(out, **kw) as s:
+        return s
+
+
+def free(folder):
+    """Whether another process could claim the folder now."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(fd)
 
 
 def test_resume_rule(tmp_path, capsys):
     source, out = tmp_path / "input", tmp_path / "a" / "b"
     source.write_text("1")
-    s = stage(out, inputs={"weights": source, "none": None, "data": {"sha256": "d"}})
-    assert not s.done and not s.resuming and json.loads((out / "toy.args.json").read_text())["seconds"] is None
-    s.release()
-    s = stage(out, inputs={"weights": source, "data": {"sha256": "d"}})
-    assert not s.done and s.resuming                                  # interrupted
-    s.finish(note=3)                                                  # says it is finished, but its output is missing
+    inputs = {"weights": source, "data": {"sha256": "d"}}
+    with stage(out, inputs={**inputs, "none": None}) as s:
+        assert not s.done and not s.resuming and json.loads((out / "toy.args.json").read_text())["seconds"] is None
+        assert not free(out)
+    assert free(out)
+    with stage(out, inputs=inputs) as s:
+        assert not s.done and not s.resuming                          # no part of an output stands: the record binds nobody
+        np.save(out / "x.part.npy", 0)
+    with stage(out, inputs=inputs) as s:
+        assert not s.done and s.resuming                              # interrupted
+        s.finish(note=3)                                              # says it is finished, but its output is missing
     record = json.loads((out / "toy.args.json").read_text())
     assert record["seconds"] >= 0 and record["note"] == 3 and record["args"] == {"n": 1, "seed": 0} and record["inputs"]["data"] == "d"
     assert {"commit", "torch", "device"} <= set(record["provenance"])
-    s = stage(out, inputs={"weights": source, "data": {"sha256": "d"}})
-    assert not s.done and s.resuming
-    np.save(out / "x.npy", 0)
-    s.finish()
+    with stage(out, inputs=inputs) as s:
+        assert not s.done and s.resuming
+        s.save("x.npy", 0)
+        (out / "x.part.npy").unlink()
+        s.finish()
     finished = (out / "toy.args.json").read_bytes()
-    s = stage(out, inputs={"weights": source, "data": {"sha256": "d"}})
-    assert s.done and "nothing to do" in capsys.readouterr().out
-    s.release()
+    with stage(out, inputs=inputs) as s:
+        assert s.done and "nothing to do" in capsys.readouterr().out
     for kw, word in ((dict(n=2), "--n = 1, now 2"), (dict(seed=5), "--seed = 0"), (dict(inputs={"weights": source, "data": {"sha256": "e"}}), "'data'"),
                      (dict(inputs={"data": {"sha256": "d"}}), "'weights'")):
-        text = line_of(stage, out, **{"inputs": {"weights": source, "data": {"sha256": "d"}}, **kw})
+        text = line_of(enter, out, **{"inputs": inputs, **kw})
         assert word in text and "--overwrite" in text
-        assert not common._locks
+        assert free(out)
     source.write_text("2")
-    assert "'weights'" in line_of(stage, out, inputs={"weights": source, "data": {"sha256": "d"}})
-    assert not common._locks
+    assert "'weights'" in line_of(enter, out, inputs=inputs)
+    assert free(out)
     assert (out / "toy.args.json").read_bytes() == finished           # a refusal changes nothing
-    s = stage(out, n=2, overwrite=True)
-    assert not s.done and not s.resuming
-    s.release()
-    s = stage(out, n=2, ready=lambda: False)
-    s.finish()
-    s = stage(out, n=2, ready=lambda: False)
-    assert not s.done                                                 # x.npy stands, but is not enough
-    s.release()
-    assert "output folder" in line_of(stage, source)
+    with stage(out, n=2, overwrite=True, stale=("x.npy",)) as s:
+        assert not s.done and not s.resuming and not (out / "x.npy").exists()
+        s.save("x.npy", 1)
+    with stage(out, n=2, ready=lambda: False) as s:
+        s.finish()
+    with stage(out, n=2, ready=lambda: False) as s:
+        assert not s.done                                             # x.npy stands, but is not enough
+    (out / "toy.args.json").unlink()
+    assert "somebody else" in line_of(enter, out, n=2)
+    assert "output folder" in line_of(enter, source)
+
+
+def test_a_call_that_fails_before_its_first_output_leaves_nothing(tmp_path):
+    def fail(out, part=None, **kw):
+        with pytest.raises(ZeroDivisionError):
+            with stage(out, **kw) as s:
+                if part:
+                    (s.out / part).write_text("x")
+                1 / 0
+    fail(tmp_path / "a" / "b")
+    assert not (tmp_path / "a").exists()
+    (tmp_path / "mine").mkdir()
+    fail(tmp_path / "mine" / "out")
+    fail(tmp_path / "mine")
+    assert not list((tmp_path / "mine").iterdir())                    # what was there before stays
+    for part in ("x.npy", "x.part.npy", "scrap"):
+        fail(tmp_path / part, part, scraps=("scrap",))
+        assert sorted(f.name for f in (tmp_path / part).iterdir()) == sorted((part, "toy.args.json"))
+
+
+def test_overwriting_takes_the_record_away_before_the_outputs(tmp_path, monkeypatch):
+    """Killed in between, what is left is nobody's: it must never pass for the new call's."""
+    with stage(tmp_path, stale=("x.npy",)) as s:
+        s.save("x.npy", 0)
+        s.finish()
+    gone, unlink = [], Path.unlink
+    monkeypatch.setattr(Path, "unlink", lambda self, *a, **kw: gone.append(self.name) or unlink(self, *a, **kw))
+    with stage(tmp_path, n=2, overwrite=True, stale=("x.npy",)):
+        assert gone == ["toy.args.json", "x.npy"]
 
 
 def test_one_process_in_a_folder_even_after_a_kill(tmp_path):
-    code = ("import argparse, common, sys, time; s = common.Stage('toy', sys.argv[1], argparse.Namespace(n=1, seed=0, batch=8), (), ('x.npy',), ('batch',));"
-            "print('held', flush=True); time.sleep(60)")
+    code = ("import argparse, common, sys, time\n"
+            "args = argparse.Namespace(n=1, seed=0, batch=8, out=sys.argv[1])\n"
+            "with common.Stage('toy', args, (), ('x.npy',), ('batch',)) as s:\n"
+            "    s.save('x.npy', 0)\n"
+            "    print('held', flush=True)\n"
+            "    time.sleep(60)")
     p = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "out")], stdout=subprocess.PIPE, text=True)
     assert p.stdout.readline() == "held\n"
     start = time.time()
-    assert "another process" in line_of(stage, tmp_path / "out") and time.time() - start < 2
+    assert "another process" in line_of(enter, tmp_path / "out") and time.time() - start < 2
     p.kill()
     p.wait()
-    s = stage(tmp_path / "out")                                       # the kernel has dropped the lock
-    assert s.resuming
-    s.release()
-    fd = os.open(tmp_path / "out", os.O_RDONLY)
-    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)                    # release() really released
-    os.close(fd)
+    with stage(tmp_path / "out") as s:                                # the kernel has dropped the lock
+        assert s.resuming
+    assert free(tmp_path / "out")
 
 
 def test_main_called_from_python_frees_the_folder_however_it_ends(tmp_path):
     @common.command
     def main(n):
-        stage(tmp_path / "out", n=n)
-        raise common.UserError("later")
+        with stage(tmp_path / "out", n=n):
+            raise common.UserError("later")
     for n in (1, 2, 1):
+        (tmp_path / "out").mkdir(exist_ok=True)
         with pytest.raises(SystemExit) as e:
             main(n)
-        assert e.value.code == 2
-    assert not common._locks
+        assert e.value.code == 2 and free(tmp_path / "out")
 
 
 def test_a_folder_without_write_permission_is_one_line():
@@ -291,7 +391,7 @@ def test_a_folder_without_write_permission_is_one_line():
     try:
         if root:                                                      # who may write anywhere
             os.seteuid(65534)
-        assert "cannot write" in line_of(stage, folder / "out") and not (folder / "out").exists()
+        assert "cannot write" in line_of(enter, folder / "out") and not (folder / "out").exists()
     finally:
         if root:
             os.seteuid(0)
@@ -399,7 +499,7 @@ def test_fill_goes_on_where_it_stopped(tmp_path):
 def test_fill_counts_the_seconds_of_interrupted_calls(tmp_path, monkeypatch):
     """Each batch takes 40 s here. The note is kept up as it goes; what a call that finds nothing left adds is its own time, not a share of the rows'."""
     clock, stop = [0.0], [True]
-    monkeypatch.setattr(common.time, "time", lambda: clock[0])
+    monkeypatch.setattr(common.stage.time, "time", lambda: clock[0])
 
     def compute(ids):
         if 9 in ids and stop:
@@ -435,9 +535,9 @@ def test_fill_writes_scattered_rows_at_their_places(tmp_path):
 
 
 def test_fill_marks_a_row_after_its_bytes_are_on_disk(tmp_path, monkeypatch):
-    calls, sync, write = [], os.fsync, common.write_at
+    calls, sync, write = [], os.fsync, common.files.write_at
     monkeypatch.setattr(os, "fsync", lambda fd: calls.append("sync " + Path(f"/proc/self/fd/{fd}").readlink().name) or sync(fd))
-    monkeypatch.setattr(common, "write_at", lambda file, *a: calls.append("write " + Path(file.name).name) or write(file, *a))
+    monkeypatch.setattr(common.stage, "write_at", lambda file, *a: calls.append("write " + Path(file.name).name) or write(file, *a))
     common.fill(tmp_path, "x", (2, 3), np.float32, 1, rows_of)
     row = ["write x.part.npy", "sync x.part.npy", "write x.done.npy"]
     assert [c for c in calls if c[-10:] in ("x.part.npy", "x.done.npy")] == [*row, *row, "sync x.done.npy"]
