@@ -1,8 +1,8 @@
 """One output folder while a script writes to it: the lock, the resume rule and the record.
 
-The only file that knows how a stage is resumed and where its inputs came from. Two rules keep it small:
-everything that flags name is loaded before the folder is claimed, and a record binds only while an output,
-or a part of one, stands. So nothing has to be undone after an error.
+The only file that knows how a stage is resumed and where its inputs came from. Two rules keep it
+small: everything that flags name is loaded before the folder is claimed, and a record binds only
+while an output, or a part of one, stands. So nothing has to be undone after an error.
 """
 import contextlib
 import fcntl
@@ -19,14 +19,15 @@ import numpy as np
 import torch
 
 from common.errors import UserError, need
-from common.files import (allocate, free_for_output, load_json, load_record, save_json, save_npy, sha256,
-                          sweep, write_at)
+from common.files import (allocate, free_for_output, load_json, load_record, save_json, save_npy,
+                          sha256, sweep, write_at)
 from common.processes import barrier, from_rank0, gather, log, progress, rank, shard, world
 
 
 def provenance():
     """Code commit, library versions and device name: what a figure needs to be repeated."""
-    git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty"]
+    here = os.path.dirname(os.path.abspath(__file__))
+    git = ["git", "-C", here, "describe", "--always", "--dirty"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
@@ -34,17 +35,18 @@ def provenance():
     device = f"CPU, {os.cpu_count()} cores"
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
-    return {"commit": commit or "unknown", "python": sys.version.split()[0], "torch": torch.__version__,
-            "numpy": np.__version__, "device": device, "processes": world()}
+    return {"commit": commit or "unknown", "python": sys.version.split()[0],
+            "torch": torch.__version__, "numpy": np.__version__, "device": device,
+            "processes": world()}
 
 
-# ---------------------------------------------------------------------------------------- the lock
+# --------------------------------------------------------------------------------------- the lock
 @contextlib.contextmanager
 def claim(out):
     """Make the folder `out`, see that it can be written to, and hold its lock until the block ends.
 
-    Yields the folders that were made for it. The kernel drops the lock when the process dies, however it
-    dies. Under several processes rank 0 alone holds it.
+    Yields the folders that were made for it. The kernel drops the lock when the process dies,
+    however it dies. Under several processes rank 0 alone holds it.
     """
     out = Path(out)
     free_for_output(out)
@@ -57,41 +59,43 @@ def claim(out):
         with tempfile.TemporaryFile(dir=out):
             pass
     except OSError as e:
-        raise UserError(f"{out}: cannot write there ({e.strerror}); choose another --out or mend the rights")
+        raise UserError(f"{out}: cannot write there ({e.strerror}); choose another --out or mend "
+                        "the rights")
     lock = os.open(out, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(lock)
-        raise UserError(f"{out}: another process is writing there; wait for it or choose another --out")
+        raise UserError(f"{out}: another process is writing there; wait for it or choose another "
+                        "--out")
     except OSError:
-        log(f"note: {out} lies on a file system without locks; see to it that one process writes there")
+        log(f"note: {out} lies on a file system without locks; see to it that one process writes")
     try:
         yield made
     finally:
         os.close(lock)
 
 
-# ---------------------------------------------------------------------------------------- the record
+# ------------------------------------------------------------------------------------- the record
 class Stage:
     """The resume rule over one output folder, and `<script>.args.json`, its record.
 
-        with common.Stage("prune", args, inputs, outputs, free=["batch_size"], stale=OUTPUTS) as stage:
+        with common.Stage("prune", args, inputs, outputs, free=["batch_size"]) as stage:
             if stage.done:
                 return
             stage.save("keep.npy", keep)
             stage.finish(kept=len(keep))
 
-    args     must hold out and overwrite; they, device and the flags in `free` may differ on a resume
-    inputs   {name: path of a file, or a data folder's info dict}; their hashes go into the record
-    outputs  names that must stand for the stage to count as done; ready() has a last word on that
-    stale    names and patterns that a call which begins anew removes: what another call left must not pass
+    args     holds out and overwrite; they, device and the flags in `free` may differ on a resume
+    inputs   {name: path of a file, or a data folder's info dict}, whose hashes the record keeps
+    outputs  names that must stand for the stage to be done; ready() has the last word on that
+    stale    patterns that a call which begins anew removes: what another call left must not pass
              for its own
-    scraps   names and patterns that only a resume needs: finish() removes them
-    parts    further names that bind the record while they stand (of X.npy among the outputs, X.part.npy does)
+    scraps   patterns that only a resume needs: finish() removes them
+    parts    further names that bind the record while they stand (of X.npy, X.part.npy does so)
 
-    In the block `.done` says that nothing is left to do, and `.resuming` that an earlier, interrupted call
-    with the same arguments began here.
+    In the block `.done` says that nothing is left to do, and `.resuming` that an earlier,
+    interrupted call with the same arguments began here.
     """
 
     def __init__(self, script, args, inputs=(), outputs=(), free=(), stale=(), scraps=(), parts=(),
@@ -100,17 +104,18 @@ class Stage:
         self.out = Path(args.out)
         self.file = self.out / f"{script}.args.json"
         self.outputs = outputs
-        self.filling = [name.replace(".npy", end) for name in outputs if name.endswith(".npy")
-                        for end in (".part.npy", ".done.npy")]       # what fill() leaves in the middle
-        self.parts = parts
-        self.stale = stale
-        self.scraps = scraps
         self.ready = ready or (lambda: True)
         self.overwrite = getattr(args, "overwrite", False)
         self.inputs = dict(inputs)
         unbound = {"out", "overwrite", "device", *free}
         self.args = {k: v for k, v in vars(args).items() if k not in unbound}
-        self.earlier = 0.0                           # seconds of the interrupted calls before this one
+        # What fill() leaves in the middle of an array belongs to the array.
+        filling = [name.replace(".npy", end) for name in outputs if name.endswith(".npy")
+                   for end in (".part.npy", ".done.npy")]
+        self.scraps = scraps
+        self.binding = (*outputs, *filling, *parts, *scraps)
+        self.stale = (*stale, *scraps, *filling)
+        self.earlier = 0.0               # seconds of the interrupted calls before this one
 
     def __enter__(self):
         self.start = time.time()
@@ -120,12 +125,13 @@ class Stage:
             self.record = self._new_record()
             self.done, self.resuming, self.earlier = from_rank0(self._compare)
             if self.done:
-                log(f"{self.script}.py: {self.out} is complete and was made with these arguments; nothing to "
-                    "do (--overwrite makes it again)")
-            if rank() == 0 and self.done:
-                self._remove(self.scraps)
-            elif rank() == 0:
-                self._begin()
+                log(f"{self.script}.py: {self.out} is complete and was made with these arguments; "
+                    "nothing to do (--overwrite makes it again)")
+            if rank() == 0:
+                if self.done:
+                    self._remove(self.scraps)
+                else:
+                    self._begin()
             barrier()
         except BaseException:
             self.claimed.close()
@@ -134,7 +140,7 @@ class Stage:
 
     def __exit__(self, kind, error, trace):
         # A call that failed before its first output leaves the place as if it had never been there.
-        if kind is not None and rank() == 0 and not self._stands():
+        if kind is not None and rank() == 0 and not self._found(self.binding):
             self.file.unlink(missing_ok=True)
             for folder in self.made:
                 with contextlib.suppress(OSError):
@@ -152,19 +158,20 @@ class Stage:
     def _found(self, patterns):
         return sorted({file for pattern in patterns for file in self.out.glob(pattern)})
 
-    def _stands(self):
-        """Whether an output or a part of one is there."""
-        return bool(self._found((*self.outputs, *self.filling, *self.parts, *self.scraps)))
+    def _remove(self, patterns):
+        for file in self._found(patterns):
+            file.unlink()
 
     def _compare(self):
-        """(done, resuming, seconds of earlier calls), or UserError where the folder holds something else."""
-        if self.overwrite or not self._stands():
+        """(done, resuming, seconds of earlier calls); UserError where something else stands."""
+        if self.overwrite or not self._found(self.binding):
             return False, False, 0.0
         if not self.file.exists():
             for name in self.outputs:
                 need(not (self.out / name).exists(),
-                     f"{self.out}: holds the {name} of another stage or of somebody else (no {self.file.name} "
-                     "beside it); choose another --out, or --overwrite to replace it")
+                     f"{self.out}: holds the {name} of another stage or of somebody else (no "
+                     f"{self.file.name} beside it); choose another --out, or --overwrite to "
+                     "replace it")
             return False, False, 0.0
         old = load_record(self.file)
         new = json.loads(json.dumps(self.record, default=float))
@@ -173,28 +180,26 @@ class Stage:
                 was = old[part].get(key)
                 now = new[part].get(key)
                 name = noun.format(key.replace("_", "-"))
-                need(was == now, f"{self.out}: was made with {name} = {was}, now {now}; use another --out, or "
-                                 "--overwrite to redo it")
-        complete = old["seconds"] is not None and all((self.out / name).exists() for name in self.outputs)
-        return complete and self.ready(), True, old.get("spent", 0.0)
+                need(was == now, f"{self.out}: was made with {name} = {was}, now {now}; use "
+                                 "another --out, or --overwrite to redo it")
+        standing = all((self.out / name).exists() for name in self.outputs)
+        done = old["seconds"] is not None and standing and self.ready()
+        return done, True, old.get("spent", 0.0)
 
     def _begin(self):
         sweep(self.out)
         if not self.resuming:
-            # The record goes first: killed from here on, what is left no longer counts as anybody's.
+            # The record goes first: killed from here on, what is left no longer counts as ours.
             self.file.unlink(missing_ok=True)
-            self._remove((*self.stale, *self.scraps, *self.filling))
+            self._remove(self.stale)
         self._write(None)
 
-    def _remove(self, patterns):
-        for file in self._found(patterns):
-            file.unlink()
-
     def _write(self, seconds, **extra):
-        save_json(self.file, {**self.record, "seconds": seconds, "spent": self.spent(), **extra})
+        record = {**self.record, "seconds": seconds, "spent": self.spent(), **extra}
+        save_json(self.file, record)
 
     def spent(self):
-        """Seconds of this call and of the interrupted ones before it (those that came as far as noting them)."""
+        """Seconds of this call and of the interrupted ones before it, as far as they noted them."""
         return round(self.earlier + time.time() - self.start, 3)
 
     def save(self, name, array):
@@ -210,15 +215,18 @@ class Stage:
             self._remove(self.scraps)
 
 
-# ---------------------------------------------------------------------------------------- row by row
+# ------------------------------------------------------------------------------------- row by row
 def fill(out, name, shape, dtype, batch, compute):
-    """OUT/name.npy of `shape`, row by row: compute(rows (b,)) -> (b, ...). Every process does its part.
+    """OUT/name.npy of `shape`, row by row: compute(rows (b,)) -> (b, ...).
 
-    What an interrupted call did is kept, also under another number of processes. batch: rows at once, over
-    all processes. Returns (read-only memory map, seconds of all processes together for the whole of it).
+    Every process does its part; what an interrupted call did is kept, also under another number of
+    processes. batch: rows at once, over all processes. Returns (read-only memory map, seconds of
+    all processes together for the whole of it).
     """
-    final, part, flags, note = (Path(out) / f"{name}{end}" for end in
-                                (".npy", ".part.npy", ".done.npy", ".seconds.json"))
+    final = Path(out) / f"{name}.npy"
+    part = final.with_suffix(".part.npy")
+    flags = final.with_suffix(".done.npy")
+    note = final.with_suffix(".seconds.json")
 
     def missing():
         """(rows that are not done,), or None where nothing is left to do."""
@@ -236,10 +244,12 @@ def fill(out, name, shape, dtype, batch, compute):
     todo = from_rank0(missing)
     if todo is not None:
         start = time.time()
-        earlier = noted_seconds(note) if rank() == 0 and note.exists() else 0.0
+        earlier = 0.0
+        if rank() == 0 and note.exists():
+            earlier = noted_seconds(note)
         lo, hi = shard(len(todo))
         fill_rows(part, flags, note, todo[lo:hi], max(1, batch // world()), compute, earlier)
-        # Rank 0 goes on when all rows are on disk.
+        # Rank 0 goes on when the rows of all are on disk.
         spent = gather(time.time() - start)
         if rank() == 0:
             save_json(note, round(earlier + sum(spent), 3))
@@ -253,10 +263,11 @@ def fill(out, name, shape, dtype, batch, compute):
 def fill_rows(part, flags, note, todo, batch, compute, earlier):
     """Compute these rows and write each at its place; its flag is set after the row is on disk.
 
-    Not through a shared memory map: two nodes that map one file over a network overwrite each other's pages.
+    Not through a shared memory map: two nodes that map one file over a network overwrite each
+    other's pages.
     """
     head = np.load(part, mmap_mode="r")
-    first_row = head.offset                          # where row 0 and flag 0 lie in their files
+    first_row = head.offset              # where row 0 and flag 0 lie in their files
     first_flag = np.load(flags, mmap_mode="r").offset
     width = head.dtype.itemsize * math.prod(head.shape[1:])
     start = noted = time.time()
@@ -264,9 +275,11 @@ def fill_rows(part, flags, note, todo, batch, compute, earlier):
           progress(total=len(todo), desc=part.name.split(".")[0], delay=2) as bar):
         for k in range(0, len(todo), batch):
             ids = todo[k:k + batch]
-            values = np.ascontiguousarray(compute(ids), head.dtype).reshape(len(ids), *head.shape[1:])
+            values = np.ascontiguousarray(compute(ids), head.dtype)
+            values = values.reshape(len(ids), *head.shape[1:])
             # Consecutive rows are written at once.
-            runs = np.split(np.arange(len(ids)), np.flatnonzero(np.diff(ids) != 1) + 1)
+            gaps = np.flatnonzero(np.diff(ids) != 1) + 1
+            runs = np.split(np.arange(len(ids)), gaps)
             for run in runs:
                 write_at(rows, first_row + int(ids[run[0]]) * width, values[run])
             os.fsync(rows.fileno())

@@ -147,7 +147,7 @@ def test_the_index_names_what_the_rooms_hold_and_what_the_stages_use():
         for name in names.split():
             assert getattr(common, name) is getattr(getattr(common, room), name), name
     for file in [*ROOT.glob("*.py"), *(ROOT / "tests").glob("*.py")]:
-        for name in set(re.findall(r"\bcommon\.([a-zA-Z_]+)", file.read_text(encoding="utf-8"))) - {"py"}:
+        for name in set(re.findall(r"\bcommon\.([a-zA-Z_0-9]+)", file.read_text(encoding="utf-8"))) - {"py"}:
             getattr(common, name)                                     # AttributeError names the one that is missing
     with pytest.raises(AttributeError, match="nonsense"):
         common.nonsense
