@@ -30,7 +30,7 @@ import torch
 import torch.nn as nn
 
 import common
-import models
+from models.build import MODELS, build
 from models.diffusion import diffusion_loss, sample_latents, to_pixels
 
 OUTPUTS = ("weights.npy", "abar.npy", "history.npy", "excess.npy", "weights.png", "proxy.pt")
@@ -133,7 +133,7 @@ def load_inputs(a):
     text = next((v[:-1] for k, v in state["ema"].items() if k.endswith("y_embedder.text")), None)          # the last row is the null class
     with torch.random.fork_rng(devices=[]), common.user_errors():
         torch.manual_seed(common.generator(a.seed, "proxy").initial_seed())       # not the initial weights of a reference with the same --seed
-        proxy = models.build(settings, text)
+        proxy = build(settings, text)
     if a.proxy_init:
         init, net, _ = common.open_checkpoint(a.proxy_init)
         for k in ("process", "predict", "latent_scale"):
@@ -305,7 +305,7 @@ def parse_args(argv=None):
     p.add_argument("--smoothing", type=common.number(low=0, high=0.99), default=1e-3, help="c: share of the uniform distribution mixed into a at every step")
     p.add_argument("--burn-in", type=common.number(int, low=0), help="first steps with uniform a, not averaged; default max(200, 10 %% of the steps)")
     p.add_argument("--clip", choices=("class", "example"), default="class", help="clip at 0 after the class mean, or inside it (biased upwards)")
-    p.add_argument("--proxy-model", choices=models.MODELS, help="network of the proxy; default: the reference's")
+    p.add_argument("--proxy-model", choices=MODELS, help="network of the proxy; default: the reference's")
     p.add_argument("--proxy-init", help="checkpoint to start the proxy from (its EMA); default: from scratch")
     p.add_argument("--amp", choices=common.AMP, help="precision of both networks; default: the reference's")
     p.add_argument("--permutations", type=common.number(int, low=1, high=10_000), default=20, help="permutations of the labels for the null")

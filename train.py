@@ -30,7 +30,7 @@ import torch
 import torch.nn as nn
 
 import common
-import models
+from models.build import MODELS, build, init_from
 from models.conditioning import Projector, alignment_loss, drop_labels, match_grid, mean_token_cosine
 from models.diffusion import diffusion_loss, generate, make_process, sample_latents, to_pixels, to_uint8
 from models.vae import check_latents
@@ -314,10 +314,10 @@ def train(a, i, stage, device):
     torch.manual_seed(a.seed)                                         # initial weights; all else draws from (seed, step)
     process = make_process(a.process, settings["predict"])
     with common.user_errors():
-        model = models.build(settings, i.text, i.mask)
+        model = build(settings, i.text, i.mask)
     if i.init is not None:
         with common.user_errors():
-            models.init_from(model, i.init, a.init)
+            init_from(model, i.init, a.init)
     projector = None
     if i.visual is not None:
         with torch.random.fork_rng(devices=[]):                       # the network's own start must not depend on the projector
@@ -497,7 +497,7 @@ def parse_args(argv=None):
     p.add_argument("--attach", help="folder of attach.py: its kept images, text conditions and visual tokens")
     p.add_argument("--align", type=common.number(low=0, high=1000), default=0.5, help="lambda of the alignment loss, 0 leaves it out")
     p.add_argument("--preset", choices=PRESETS, help="recipe that fills the flags left out; default by image size")
-    p.add_argument("--model", choices=models.MODELS, help="network")
+    p.add_argument("--model", choices=MODELS, help="network")
     p.add_argument("--process", choices=("ddpm", "flow"), help="diffusion process")
     p.add_argument("--predict", choices=("eps", "v"), default="eps", help="what a ddpm network predicts (flow: always v)")
     p.add_argument("--init", help="checkpoint of train.py to take the start weights from (its EMA), or official weights")

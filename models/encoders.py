@@ -322,7 +322,7 @@ class Ddae(nn.Module):
 
     def __init__(self, state):
         super().__init__()
-        from models import from_checkpoint
+        from models.build import from_checkpoint
         self.net, self.process = from_checkpoint(state, ema=True)
         if state["args"].get("label_drop") == 0:
             raise ValueError("the checkpoint was trained without label dropout (--label-drop 0), and the null class, with which images are encoded, means nothing to it; train with --label-drop above 0, or name another encoder")

@@ -295,7 +295,7 @@ def bench_train(args):
     """Images per second of train.py's loop and of the peers, the FLOPs counted and the share of the matmul peak."""
     import torch
 
-    import models
+    from models.build import build
     gpu = args.device.type == "cuda"
     rows, lines = [], []
     peak = {k: matmul_peak(args.device, t) for k, t in (("none", torch.float32), ("bf16", torch.bfloat16))}
@@ -307,7 +307,7 @@ def bench_train(args):
             x = torch.randn(batch, 4 if sit else 3, 32, 32, device=args.device)
             make = (lambda: diffusers_dit(name[4:-2])) if sit else (lambda: diffusers_unet(0.1))              # noqa: B023
             loss_of, one = eps_loss(x, 1000 if sit else None), torch.zeros(1, dtype=torch.long)
-            net = models.build(dict(model=name, process="flow" if sit else "ddpm", size=32, channels=x.shape[1], num_classes=1000 if sit else 10))
+            net = build(dict(model=name, process="flow" if sit else "ddpm", size=32, channels=x.shape[1], num_classes=1000 if sit else 10))
             flops = {"ours": forward_flops(net, torch.zeros(1, *x.shape[1:]), one.float(), one),
                      "diffusers": forward_flops(make(), torch.zeros(1, *x.shape[1:]), one, *([one] if sit else []))}
             params = sum(p.numel() for p in net.parameters() if p.requires_grad)
@@ -356,11 +356,11 @@ def bench_sample(args):
     from diffusers import DDIMPipeline, DDIMScheduler
 
     import common
-    import models
+    from models.build import build
     from models.diffusion import generate, make_process
     gpu = args.device.type == "cuda"
     n, steps = (256, 50) if gpu else (16, 5)
-    model = models.build(dict(model="unet", process="ddpm", size=32, channels=3, num_classes=10)).eval().requires_grad_(False)
+    model = build(dict(model="unet", process="ddpm", size=32, channels=3, num_classes=10)).eval().requires_grad_(False)
     model = model.to(args.device, memory_format=torch.channels_last)
     process, y = make_process("ddpm"), torch.zeros(n, dtype=torch.long, device=args.device)
     pipe = DDIMPipeline(diffusers_unet(0.1).eval().to(args.device), DDIMScheduler(num_train_timesteps=1000))

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import attach
-import models
+from models.build import build, from_checkpoint
 import prune
 import train
 from conftest import processes
@@ -45,7 +45,7 @@ def make_checkpoint(path, process="flow", num_classes=3, size=8, channels=1, see
     settings = {"model": "SiT-T/2", "process": process, "predict": "v" if process == "flow" else "eps", "size": size, "channels": channels,
                 "num_classes": num_classes, "class_std": 1.0, **more}
     torch.manual_seed(seed)
-    net = models.build(settings)
+    net = build(settings)
     for p in net.parameters():
         p.data += 0.05 * torch.randn_like(p)
     torch.save({"args": settings, "ema": net.state_dict(), "step": 1}, path)
@@ -114,7 +114,7 @@ def test_every_image_meets_the_same_noise():
 def test_reversed_time_equals_the_official_formula():
     """An official SiT runs from noise to data and predicts x - eps at x_t = t x + (1 - t) eps: its loss, written in its own time, is the score."""
     torch.manual_seed(0)
-    net = models.build({"model": "SiT-T/2", "process": "flow", "size": 4, "channels": 2, "num_classes": 3, "learn_sigma": True}).eval()
+    net = build({"model": "SiT-T/2", "process": "flow", "size": 4, "channels": 2, "num_classes": 3, "learn_sigma": True}).eval()
     for p in net.parameters():
         p.data += 0.1 * torch.randn_like(p)
     x, y, eps, ts = torch.randn(3, 2, 4, 4), torch.tensor([0, 1, 2]), noise(), attach.stratified_times()
@@ -131,7 +131,7 @@ def test_the_script_scores_as_a_plain_loop(tmp_path, process):
     data, ck = make_data(tmp_path / "data"), make_checkpoint(tmp_path / "ck.pt", process)
     run(data, tmp_path / "a", "--reference", ck, "--per-class", 2, "--judge", "none", "--batch-size", 4, "--seed", 3)
     record = run(data, tmp_path / "b", "--reference", ck, "--per-class", 2, "--judge", "none", "--batch-size", 29, "--seed", 3)
-    net, proc = models.from_checkpoint(torch.load(ck, weights_only=True))
+    net, proc = from_checkpoint(torch.load(ck, weights_only=True))
     images, labels = np.load(data / "images.npy"), np.load(data / "labels.npy")
     eps, again = (torch.randn(10, 1, 8, 8, generator=attach.common.generator(3, "difficulty", r)) for r in (0, 1))
     want = []
@@ -161,7 +161,7 @@ def test_latents_are_scored_at_the_posterior_mean(tmp_path):
     (data / "latents.json").write_text(json.dumps({"scale": 0.5}))
     ck = make_checkpoint(tmp_path / "ck.pt", channels=4, latent_scale=0.5)
     run(data, tmp_path / "out", "--reference", ck, "--per-class", 2, "--judge", "none")
-    net, proc = models.from_checkpoint(torch.load(ck, weights_only=True))
+    net, proc = from_checkpoint(torch.load(ck, weights_only=True))
     eps, y = torch.randn(10, 4, 8, 8, generator=attach.common.generator(0, "difficulty", 0)), torch.from_numpy(np.load(data / "labels.npy"))
     want = attach.difficulty_scores(net, proc, 0.5 * torch.from_numpy(z[:, :4]).float(), y, eps, attach.stratified_times())
     np.testing.assert_allclose(np.load(tmp_path / "out" / "difficulty.npy"), want, rtol=1e-5)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-import models
+from models.build import build, from_checkpoint
 from models.conditioning import (ConditionEmbedder, Projector, align_depth, alignment_loss, drop_labels, match_grid, mean_token_cosine,
                                  timestep_embedding)
 
@@ -92,9 +92,9 @@ def test_text_travels_in_the_checkpoint(name, tmp_path):
     """Sampling needs neither text.npy nor the encoder: the settings carry the shape, the state dict the tokens."""
     text, mask = tokens()
     settings = dict(model=name, process="flow", size=8, channels=1, num_classes=K, text_shape=list(text.shape[1:]), class_std=1.0)
-    model = randomised_model(models.build(settings, text, mask))
+    model = randomised_model(build(settings, text, mask))
     torch.save({"ema": model.state_dict(), "model": model.state_dict(), "args": settings}, tmp_path / "last.pt")
-    again, _ = models.from_checkpoint(torch.load(tmp_path / "last.pt", weights_only=True))
+    again, _ = from_checkpoint(torch.load(tmp_path / "last.pt", weights_only=True))
     assert torch.equal(again.y_embedder.text[:K], torch.from_numpy(text).float() * torch.from_numpy(mask)[..., None])
     assert again.y_embedder.text[K].abs().max() == 0
     x, t, y = torch.randn(4, 1, 8, 8), torch.full((4,), 0.3), torch.arange(4)

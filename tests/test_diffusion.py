@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-import models
+from models.build import build
 from models.diffusion import (DDPM, SAMPLERS, Flow, ancestral, ddim, diffusion_loss, dpm_solver_pp_2m, euler, euler_maruyama, generate, guided, heun,
                               make_process, to_uint8, trailing)
 
@@ -385,7 +385,7 @@ def test_no_guidance_needs_no_null_pass():
 
 def randomised(settings, seed=0, std=0.05):
     torch.manual_seed(seed)
-    model = models.build(settings)
+    model = build(settings)
     with torch.no_grad():
         for p in model.parameters():
             if p.requires_grad:

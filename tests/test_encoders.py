@@ -397,10 +397,10 @@ class Echo(torch.nn.Module):
 
 
 def test_ddae_inputs(tmp_path, monkeypatch):
-    import models
+    from models import build
     from models.diffusion import make_process
     process = make_process("flow")
-    monkeypatch.setattr(models, "from_checkpoint", lambda state, ema: (Echo(), process) if ema else None)
+    monkeypatch.setattr(build, "from_checkpoint", lambda state, ema: (Echo(), process) if ema else None)
     torch.save({"args": {}}, tmp_path / "c.pt")
     enc, x = encoders.load("ddae", "cpu", weights=tmp_path / "c.pt"), pictures(5, 8, 1)
     v = enc.tokens(torch.from_numpy(x))
@@ -418,13 +418,13 @@ def test_ddae_inputs(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name, process", [("unet-tiny", "ddpm"), ("SiT-T/2", "flow")])
 def test_ddae_on_real_checkpoints(name, process, tmp_path):
-    import models
+    from models.build import build
     args = dict(model=name, process=process, size=8, channels=1, num_classes=10)
     torch.manual_seed(0)
-    net = models.build(args)
+    net = build(args)
     for p in net.parameters():
         p.data.add_(0.05 * torch.randn_like(p))                       # zero-initialised branches would hide the class and the time
-    torch.save({"args": args, "ema": net.state_dict(), "model": models.build(args).state_dict()}, tmp_path / "c.pt")
+    torch.save({"args": args, "ema": net.state_dict(), "model": build(args).state_dict()}, tmp_path / "c.pt")
     enc, x = encoders.load("ddae", "cpu", weights=tmp_path / "c.pt"), pictures(6, 8, 1)
     x0 = torch.from_numpy(x).permute(0, 3, 1, 2) / 127.5 - 1
     from models.diffusion import make_process

@@ -1,4 +1,4 @@
-"""models/sit.py, models/unet.py, models/__init__.py: the official names, shapes and forward of DiT/SiT, the DDPM U-Net, models from checkpoints."""
+"""models/sit.py, models/unet.py, models/build.py, models/official.py: the official names, shapes and forward of DiT/SiT, the DDPM U-Net, models from checkpoints."""
 import copy
 import math
 
@@ -7,7 +7,9 @@ import pytest
 import torch
 import torch.nn as nn
 
-import models
+from models.build import MODELS, build, from_checkpoint, init_from
+from models.diffusion import make_process
+from models.official import official_checkpoint, reverse_time
 from models.conditioning import ConditionEmbedder
 from models.diffusion import DDPM, Flow
 from models.sit import SIZES, SiT
@@ -103,7 +105,7 @@ def test_sit_forward_against_a_second_implementation(learn_sigma):
 
 
 def test_sit_layer_norms_have_the_official_epsilon():
-    norms = [m for m in models.build(SIT).modules() if isinstance(m, nn.LayerNorm)]
+    norms = [m for m in build(SIT).modules() if isinstance(m, nn.LayerNorm)]
     assert len(norms) == 2 * 4 + 1 and all(m.eps == 1e-6 and not m.elementwise_affine for m in norms)
 
 
@@ -128,7 +130,7 @@ def test_sit_has_the_official_names_and_shapes(name, depth, width, heads):
     assert SIZES[name] == dict(depth=depth, width=width, heads=heads)
     for patch in (2, 8):
         with torch.device("meta"):
-            model = models.build(dict(model=f"SiT-{name}/{patch}", process="flow", size=32, channels=4, num_classes=1000, learn_sigma=True))
+            model = build(dict(model=f"SiT-{name}/{patch}", process="flow", size=32, channels=4, num_classes=1000, learn_sigma=True))
         got = {k: tuple(v.shape) for k, v in model.state_dict().items()}
         assert got == official_names(depth, width, patch, 4, 1000, (32 // patch) ** 2, 8)
     assert model.blocks[0].attn.heads == heads
@@ -136,13 +138,13 @@ def test_sit_has_the_official_names_and_shapes(name, depth, width, heads):
 
 def test_sit_xl_2_has_675_million_parameters():
     with torch.device("meta"):
-        model = models.build(dict(model="SiT-XL/2", process="flow", size=32, channels=4, num_classes=1000, learn_sigma=True))
+        model = build(dict(model="SiT-XL/2", process="flow", size=32, channels=4, num_classes=1000, learn_sigma=True))
     assert sum(p.numel() for p in model.parameters()) == 675_129_632
     assert not model.pos_embed.requires_grad and model.token_layer == 8 and model.token_width == 1152
 
 
 def test_sit_starts_as_adaln_zero():
-    model = models.build(SIT)
+    model = build(SIT)
     x, y = batch(), torch.tensor([0, 1, 2])
     out, tokens = model(x, torch.rand(3), y, tokens_after=4)
     assert out.abs().max() == 0                                       # zero output, and every block the identity
@@ -155,13 +157,13 @@ def test_sit_starts_as_adaln_zero():
 
 def test_only_the_tiny_size_stretches_flow_time():
     """Official sizes see SiT's unscaled t in [0, 1] through N(0, 0.02) weights, or their checkpoints would mean something else; a ddpm time is 0..999 anyway."""
-    official = models.build({**SIT, "model": "SiT-S/2"})
+    official = build({**SIT, "model": "SiT-S/2"})
     assert official.t_embedder.scale == 1 and official.t_embedder.mlp[0].weight.std().item() == pytest.approx(0.02, rel=0.1)
-    assert models.build({**SIT, "process": "flow"}).t_embedder.scale == 100 and models.build({**SIT, "process": "ddpm"}).t_embedder.scale == 1
+    assert build({**SIT, "process": "flow"}).t_embedder.scale == 100 and build({**SIT, "process": "ddpm"}).t_embedder.scale == 1
 
 
 def test_sit_tokens_are_those_after_block_k():
-    model = randomised(models.build(SIT)).eval()
+    model = randomised(build(SIT)).eval()
     x, t, y = batch(), torch.tensor([0.1, 0.5, 0.9]), torch.tensor([0, 3, 2])
     h, c = model.x_embedder(x) + model.pos_embed, model.t_embedder(t) + model.y_embedder(y)
     plain = model(x, t, y)
@@ -185,9 +187,9 @@ def test_learned_sigma_is_dropped():
 
 def test_reversed_time():
     """For one pair of data and noise the official field is data - noise along s data + (1 - s) noise; with s = 1 - t and the sign turned it is our target on
-    our path: what models.reverse_time bakes into the weights."""
+    our path: what reverse_time bakes into the weights."""
     data, noise, t = batch(seed=2), batch(seed=3), torch.tensor([0.25, 0.5, 0.75])
-    process, s = models.make_process("flow"), (1 - t).view(-1, 1, 1, 1)
+    process, s = make_process("flow"), (1 - t).view(-1, 1, 1, 1)
     torch.testing.assert_close(process.diffuse(data, t, noise), s * data + (1 - s) * noise)
     assert torch.equal(process.target(data, t, noise), -(data - noise)) and torch.equal(process.model_time(t), t)
 
@@ -196,7 +198,7 @@ def test_reversed_time():
 def test_recomputation_gives_the_same_gradients(settings):
     x, t, y, grads = batch(), torch.tensor([0.1, 0.5, 0.9]), torch.tensor([0, 3, 2]), []
     for recompute in (False, True):
-        model = randomised(models.build({**settings, "recompute": recompute})).train()
+        model = randomised(build({**settings, "recompute": recompute})).train()
         out, tokens = model(x, t, y, tokens_after=model.token_layer)
         (out.square().mean() + tokens.square().mean()).backward()
         grads.append({k: p.grad for k, p in model.named_parameters() if p.requires_grad})
@@ -210,7 +212,7 @@ def test_recomputation_keeps_less_for_the_backward_pass():
     kept = []
     for settings in (SIT, UNET):
         for recompute in (False, True):
-            total, model = [0], models.build({**settings, "recompute": recompute}).train()
+            total, model = [0], build({**settings, "recompute": recompute}).train()
             with torch.autograd.graph.saved_tensors_hooks(lambda v: total.__setitem__(0, total[0] + v.numel()) or v, lambda v: v):
                 model(batch(), torch.rand(3), torch.tensor([0, 1, 2]))
             kept.append(total[0])
@@ -220,7 +222,7 @@ def test_recomputation_keeps_less_for_the_backward_pass():
 # ---------------------------------------------------------------------------------------------- U-Net
 def test_the_unconditional_unet_is_the_ddpm_network():
     with torch.device("meta"):
-        model = models.build(dict(model="unet", process="ddpm", size=32, channels=3, num_classes=0))
+        model = build(dict(model="unet", process="ddpm", size=32, channels=3, num_classes=0))
     assert sum(p.numel() for p in model.parameters()) == 35_746_307
     assert all(m.num_groups == 32 and m.eps == 1e-6 for m in model.modules() if isinstance(m, nn.GroupNorm))
     assert {m.p for m in model.modules() if isinstance(m, nn.Dropout)} == {0.1} and model.y_embedder is None
@@ -228,7 +230,7 @@ def test_the_unconditional_unet_is_the_ddpm_network():
 
 
 def test_unet_attends_at_16_and_in_the_middle_only():
-    model = models.build(dict(model="unet", process="ddpm", size=32, channels=3, num_classes=10)).eval()
+    model = build(dict(model="unet", process="ddpm", size=32, channels=3, num_classes=10)).eval()
     seen = []
     for m in model.modules():
         if isinstance(m, SelfAttention):
@@ -241,7 +243,7 @@ def test_unet_attends_at_16_and_in_the_middle_only():
 
 @pytest.mark.parametrize("name, size, channels", [("unet-small", 16, 3), ("unet-tiny", 8, 1)])
 def test_unet_shape_and_tokens(name, size, channels):
-    model = randomised(models.build(dict(model=name, process="ddpm", size=size, channels=channels, num_classes=2))).eval()
+    model = randomised(build(dict(model=name, process="ddpm", size=size, channels=channels, num_classes=2))).eval()
     middle = []
     model.mid2.register_forward_hook(lambda m, i, o: middle.append(o))
     x, t, y = batch(2, channels, size), torch.tensor([3.0, 900.0]), torch.tensor([0, 2])
@@ -294,7 +296,7 @@ def test_unet_attention_and_residual_block_against_plain_loops():
 
 
 def test_unet_starts_near_zero_and_as_the_identity():
-    model = models.build({**UNET, "num_classes": 0})
+    model = build({**UNET, "num_classes": 0})
     assert model(batch(), torch.rand(3) * 999).abs().max() < 1e-3     # the output's gain is 1e-5
     block = model.mid2
     h = torch.randn(2, 64, 4, 4)
@@ -302,18 +304,18 @@ def test_unet_starts_near_zero_and_as_the_identity():
 
 
 def test_dropout_acts_in_training_only():
-    model = randomised(models.build({**UNET, "dropout": 0.5}))
+    model = randomised(build({**UNET, "dropout": 0.5}))
     x, t, y = batch(), torch.full((3,), 100.0), torch.tensor([0, 1, 2])
     assert not torch.equal(model.train()(x, t, y), model(x, t, y))
     assert torch.equal(model.eval()(x, t, y), model(x, t, y))
-    still = randomised(models.build({**UNET, "dropout": 0.0})).train()
+    still = randomised(build({**UNET, "dropout": 0.0})).train()
     assert torch.equal(still(x, t, y), model(x, t, y))
 
 
 @pytest.mark.parametrize("settings", [SIT, {**SIT, "process": "ddpm"}, UNET, {**UNET, "process": "flow"}],
                          ids=["sit flow", "sit ddpm", "unet ddpm", "unet flow"])
 def test_time_class_and_null_class_matter(settings):
-    model = randomised(models.build(settings)).eval()
+    model = randomised(build(settings)).eval()
     x, scale = batch(1).expand(4, -1, -1, -1), 1 if settings["process"] == "flow" else 1000
     by_class = model(x, torch.full((4,), 0.5 * scale), torch.arange(4))                       # 3 = null: the row K, whatever K is
     by_time = model(x, torch.tensor([0.2, 0.21, 0.5, 0.9]) * scale, torch.zeros(4, dtype=torch.long))
@@ -327,7 +329,7 @@ def test_time_class_and_null_class_matter(settings):
 
 
 def test_a_unet_of_a_flow_sees_a_thousand_times_the_time():
-    a, b = (randomised(models.build({**UNET, "process": p})).eval() for p in ("ddpm", "flow"))
+    a, b = (randomised(build({**UNET, "process": p})).eval() for p in ("ddpm", "flow"))
     x, y = batch(), torch.tensor([0, 1, 2])
     t = torch.tensor([0.125, 0.5, 0.75])
     assert b.time_scale == 1000 and torch.equal(b(x, t, y), a(x, 1000 * t, y)) and not torch.allclose(b(x, t, y), a(x, t, y))
@@ -338,11 +340,11 @@ def test_a_unet_of_a_flow_sees_a_thousand_times_the_time():
     (dict(model="SiT-H/2"), "unknown model"), (dict(size=9), "multiple of the patch"), (dict(model="unet-tiny", size=7), "halved")])
 def test_settings_that_do_not_work(change, message):
     with pytest.raises(ValueError, match=message):
-        models.build({**SIT, **change})
+        build({**SIT, **change})
 
 
 def checkpoint(settings, seed=0):
-    model = randomised(models.build(settings), seed)
+    model = randomised(build(settings), seed)
     raw = {k: v + 1 if v.is_floating_point() else v for k, v in model.state_dict().items()}
     return model.eval(), {"model": raw, "ema": copy.deepcopy(model.state_dict()), "args": {**settings, "predict": "v", "steps": 7}}
 
@@ -353,12 +355,12 @@ def checkpoint(settings, seed=0):
 def test_checkpoint_round_trip(settings, tmp_path):
     model, state = checkpoint(settings)
     torch.save(state, tmp_path / "last.pt")
-    again, process = models.from_checkpoint(torch.load(tmp_path / "last.pt", weights_only=True))
+    again, process = from_checkpoint(torch.load(tmp_path / "last.pt", weights_only=True))
     x, t, y = batch(), torch.tensor([0.1, 0.5, 0.9]), torch.tensor([0, 0, 0])
     assert torch.equal(again(x, t, y), model(x, t, y))                # the EMA, not the raw weights
     assert not again.training and not any(p.requires_grad for p in again.parameters())
     assert process.name == settings["process"] and process.predict == "v"
-    raw, _ = models.from_checkpoint(state, ema=False)
+    raw, _ = from_checkpoint(state, ema=False)
     assert torch.equal(next(raw.parameters()), state["model"][next(iter(dict(raw.named_parameters())))])
 
 
@@ -369,7 +371,7 @@ def test_checkpoints_that_do_not_fit():
         state["args"].pop(drop, None)
         state["ema"].update(ema or {})
         with pytest.raises(ValueError, match=message) as e:
-            models.from_checkpoint(state, **kw)
+            from_checkpoint(state, **kw)
         assert "\n" not in str(e.value)
     refused("unknown model 'SiT-Z/2'", dict(model="SiT-Z/2"))
     refused("unknown process 'flwo'", dict(process="flwo"))
@@ -383,20 +385,20 @@ def test_checkpoints_that_do_not_fit():
     refused("process", drop="process")
     for state in ({}, {"ema": {}}, {"args": {}}, {"args": [], "ema": {}}, checkpoint(UNET)[1]["ema"]):
         with pytest.raises(ValueError, match="not a checkpoint"):
-            models.from_checkpoint(state)
+            from_checkpoint(state)
     state = checkpoint(SIT)[1]
     del state["model"]                                                # step_*.pt hold the EMA only
-    models.from_checkpoint(state)
+    from_checkpoint(state)
     with pytest.raises(ValueError, match="model"):
-        models.from_checkpoint(state, ema=False)
+        from_checkpoint(state, ema=False)
 
 
 # ---------------------------------------------------------------------------------------------- start weights
 @pytest.mark.parametrize("settings", [SIT, UNET], ids=["sit", "unet"])
 def test_init_from_takes_the_ema_of_a_checkpoint(settings):
     source, state = checkpoint(settings)
-    model = randomised(models.build(settings), seed=5)
-    models.init_from(model, state, "start.pt")
+    model = randomised(build(settings), seed=5)
+    init_from(model, state, "start.pt")
     for (k, a), b in zip(model.state_dict().items(), source.state_dict().values()):
         assert torch.equal(a, b), k
     assert any(p.requires_grad for p in model.parameters()) and model.training
@@ -405,23 +407,23 @@ def test_init_from_takes_the_ema_of_a_checkpoint(settings):
 def test_init_from_leaves_the_text_of_the_new_run():
     settings = {**SIT, "text_shape": [1, 5]}
     mine, theirs = torch.ones(3, 1, 5), torch.full((3, 1, 5), 2.0)
-    state = {"ema": randomised(models.build(settings, theirs)).state_dict(), "args": settings}
-    model = models.build(settings, mine)
-    models.init_from(model, state, "start.pt")
+    state = {"ema": randomised(build(settings, theirs)).state_dict(), "args": settings}
+    model = build(settings, mine)
+    init_from(model, state, "start.pt")
     assert torch.equal(model.y_embedder.text[:3], mine) and torch.equal(model.y_embedder.conv.weight, state["ema"]["y_embedder.conv.weight"])
 
 
 def test_init_from_names_what_does_not_fit_and_changes_nothing():
-    model = models.build(SIT)
+    model = build(SIT)
     before = copy.deepcopy(model.state_dict())
     for settings, message in (({**SIT, "num_classes": 5}, r"start.pt: .*embedding_table.weight has shape \(6, 64\), this network needs \(4, 64\)"),
                               ({**SIT, "text_shape": [1, 5]}, "start.pt: .*y_embedder.text is not part"), (UNET, "start.pt: .*is missing")):
         with pytest.raises(ValueError, match=message) as e:
-            models.init_from(model, checkpoint(settings)[1], "start.pt")
+            init_from(model, checkpoint(settings)[1], "start.pt")
         assert "\n" not in str(e.value)
     for state in ({}, {"weights": {}}, {"ema": {"conv.weight": torch.zeros(1)}}, {0: {}}):
         with pytest.raises(ValueError, match="start.pt: not a checkpoint"):
-            models.init_from(model, state, "start.pt")
+            init_from(model, state, "start.pt")
     assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values()))
 
 
@@ -429,10 +431,10 @@ def test_init_from_names_what_does_not_fit_and_changes_nothing():
 @pytest.mark.parametrize("key", [None, "ema", "model"])
 def test_init_from_refuses_official_weights(prefix, key):
     """They run time the other way: the names and shapes alone would pass."""
-    model = models.build(SIT)
+    model = build(SIT)
     official = {prefix + k: v for k, v in model.state_dict().items()}
     with pytest.raises(ValueError, match="start.pt: official DiT/SiT weights, as it looks.*--official dit or --official sit"):
-        models.init_from(model, official if key is None else {key: official}, "start.pt")
+        init_from(model, official if key is None else {key: official}, "start.pt")
 
 
 # ---------------------------------------------------------------------------------------------- official weights
@@ -443,7 +445,7 @@ def official(channels=4, patch=2, learn_sigma=True):
 
 
 def from_official(state, kind):
-    return models.from_checkpoint(models.official_checkpoint(state, kind))
+    return from_checkpoint(official_checkpoint(state, kind))
 
 
 def wrapped(weights, key, prefix):
@@ -478,9 +480,9 @@ def test_official_weights_against_the_second_implementation():
     x, y = batch(1, 4), torch.tensor([5])                             # 5 = null
     for kind, times, sign, theirs in (("dit", (903.0,), 1, lambda t: t), ("sit", (0.8,), -1, lambda t: 1 - t)):
         want = [sign * plain_sit(p, x[i].double().numpy(), theirs(t), int(y[i]), 2, 6, 2, 4)[0] for i, t in enumerate(times)]
-        state = models.official_checkpoint(wrapped(weights, "ema", "module."), kind)
-        start = models.build(state["args"])
-        models.init_from(start, state, "x.pt")
+        state = official_checkpoint(wrapped(weights, "ema", "module."), kind)
+        start = build(state["args"])
+        init_from(start, state, "x.pt")
         for net in (from_official(weights, kind)[0], start.eval()):
             with torch.no_grad():
                 out = net(x, torch.tensor(times), y)
@@ -490,7 +492,7 @@ def test_official_weights_against_the_second_implementation():
 def test_turning_time_round_is_exact():
     """In float64 arithmetic: what is left is the float32 rounding of one layer's weights."""
     weights = randomised(SiT(4, 2, 3, depth=1, width=24, heads=3, patch=2)).state_dict()
-    a, b = ({k: v.double().numpy() for k, v in w.items() if k != "pos_embed"} for w in (weights, models.reverse_time(weights)))
+    a, b = ({k: v.double().numpy() for k, v in w.items() if k != "pos_embed"} for w in (weights, reverse_time(weights)))
     for t in (0.0, 0.3, 1.0):
         x = batch(1, 2, 4)[0].double().numpy()
         theirs, ours = (plain_sit(p, x, s, 2, 1, 3, 2, 2)[0] for p, s in ((a, 1 - t), (b, t)))
@@ -503,7 +505,7 @@ def test_official_settings():
     for kind, process, predict in (("dit", "ddpm", "eps"), ("sit", "flow", "v")):
         names = official_names(12, 384, 2, 4, 1000, 256, 8)
         weights = {k: torch.zeros(()).expand(s) for k, s in names.items()} if kind == "dit" else official()[1]          # these take no memory
-        args = models.official_checkpoint({"ema": weights, "args": object(), "opt": {}}, kind)["args"]
+        args = official_checkpoint({"ema": weights, "args": object(), "opt": {}}, kind)["args"]
         size = dict(model="SiT-S/2", size=32, num_classes=1000) if kind == "dit" else dict(model="SiT-S/2", depth=2, size=8, num_classes=5)
         assert args == dict(**size, process=process, predict=predict, channels=4, learn_sigma=True, latents=True, latent_scale=0.18215,
                             vae="stabilityai/sd-vae-ft-ema")
@@ -543,17 +545,17 @@ def test_official_weights_that_are_none():
     for state in ({}, {"ema": {}}, {0: torch.zeros(1)}, {"ema": {"conv.weight": torch.zeros(1)}}, {"x_embedder.proj.weight": 3}):
         refused(state, "not official DiT/SiT weights")
     ours = {**SIT, "model": "SiT-S/2"}                                # the same names and shapes, another time
-    refused({"args": ours, "ema": models.build(ours).state_dict()}, "a checkpoint of train.py.*leave --official out")
+    refused({"args": ours, "ema": build(ours).state_dict()}, "a checkpoint of train.py.*leave --official out")
 
 
 @pytest.mark.parametrize("key, prefix", [("ema", "module."), (None, "")])
 def test_official_weights_are_no_checkpoint_of_ours(key, prefix):
     with pytest.raises(ValueError, match="^not a checkpoint of train.py but official.*--official dit or --official sit$"):
-        models.from_checkpoint(wrapped(official()[1], key, prefix))
+        from_checkpoint(wrapped(official()[1], key, prefix))
 
 
 def test_every_model_of_the_table_can_be_built():
     with torch.device("meta"):
-        for name in models.MODELS:
-            model = models.build(dict(model=name, process="flow", size=32, channels=3, num_classes=10))
+        for name in MODELS:
+            model = build(dict(model=name, process="flow", size=32, channels=3, num_classes=10))
             assert isinstance(model, (SiT, UNet)) and isinstance(model.y_embedder, ConditionEmbedder) and model.num_classes == 10

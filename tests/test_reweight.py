@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import common
-import models
+from models.build import build, from_checkpoint
 import reweight
 from conftest import published_loss
 from models.sit import SiT
@@ -170,7 +170,7 @@ def make_reference(path, data, **other):
                 latent_scale=None, classes=["ant", "bee", "cat"], data="tiny", data_sha256="abc", steps=6, batch_size=12, lr=3e-3, amp="none", warmup=2,
                 schedule="constant", grad_clip=1.0, flips=True) | other
     torch.manual_seed(1)
-    net = models.build(args)
+    net = build(args)
     with torch.no_grad():
         for p in net.parameters():                                    # the zero-initialised output would make every excess zero
             p += 0.02 * torch.randn_like(p)
@@ -205,7 +205,7 @@ def test_outputs(kit, straight, capsys):
     assert (r["history"][:2] == np.float32(1 / 3)).all() and np.ptp(r["history"][-1]) > 1e-5
     state = common.load_pt(straight / "proxy.pt")                     # the a that weighted the proxy's loss is the a that is reported
     np.testing.assert_allclose(state["log_a"].exp(), path[-1], rtol=1e-12)
-    proxy, process = models.from_checkpoint(state)
+    proxy, process = from_checkpoint(state)
     assert process.name == "flow" and state["args"]["dropout"] == 0.0
     facts = json.loads((straight / "reweight.args.json").read_text())
     assert facts["entropy_abar"] == pytest.approx(-(r["abar"] * np.log(r["abar"])).sum())
@@ -377,7 +377,7 @@ def test_class_with_irreducible_noise_is_not_upweighted(tmp_path):
     np.save(tmp_path / "data" / "images.npy", x.clip(0, 255).astype(np.uint8)[..., None])
     flags = ["--data", str(tmp_path / "data"), "--device", "cpu", "--batch-size", "48"]
     train.main([*flags, "--preset", "digits", "--steps", "500", "--out", str(tmp_path / "run")])
-    model, process = models.from_checkpoint(common.load_pt(tmp_path / "run" / "last.pt"))
+    model, process = from_checkpoint(common.load_pt(tmp_path / "run" / "last.pt"))
     g = torch.Generator().manual_seed(0)
     x = torch.from_numpy(np.load(tmp_path / "data" / "images.npy")).permute(0, 3, 1, 2).float() / 127.5 - 1
     u, eps = torch.rand(len(x), generator=g), torch.randn(x.shape, generator=g)
@@ -415,7 +415,7 @@ def test_an_official_reference(kind, kit, monkeypatch, capsys):
     torch.testing.assert_close(loss, published_loss(net, kind, x, u, eps, y), rtol=1e-4, atol=1e-5)
     state = common.load_pt(out / "proxy.pt")
     assert (state["args"]["lr"], state["args"]["warmup"], state["args"]["flips"], state["args"]["process"]) == (1e-4, 0, False, {"dit": "ddpm", "sit": "flow"}[kind])
-    models.from_checkpoint(state)
+    from_checkpoint(state)
     same = run((root, root / "official.pt"), f"official_{kind}_depth", *flags[:4], "--steps", 1, "--burn-in", 0, "--batch-size", 8)
     assert common.load_pt(same / "proxy.pt")["args"]["depth"] == 1    # the reference's architecture, also where its depth has no name
     z = np.load(data / "latents.npy")

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import common
-import models
+from models.build import build, from_checkpoint
 import sample
 from conftest import FakeKL
 from models import diffusion
@@ -29,7 +29,7 @@ def make_checkpoint(path, process="flow", model="SiT-T/2", **more):
     torch.manual_seed(0)
     args = dict(model=model, process=process, predict="v" if process == "flow" else "eps", size=8, channels=1, num_classes=3, class_std=1.0, text_shape=None, latents=False,
                 data="tiny", data_sha256="d") | more
-    ema = {k: v + 0.05 * torch.randn_like(v) if v.is_floating_point() else v for k, v in models.build(args).state_dict().items()}
+    ema = {k: v + 0.05 * torch.randn_like(v) if v.is_floating_point() else v for k, v in build(args).state_dict().items()}
     torch.save({"ema": ema, "model": {k: v + 1 for k, v in ema.items()}, "step": 7, "args": args}, path)
     return path
 
@@ -82,7 +82,7 @@ def test_sample_i_does_not_depend_on_the_batch_or_on_how_many_follow(which, flag
 
 def test_samples_are_those_of_the_ema_with_the_asked_guidance(flow, tmp_path):
     state = torch.load(flow, weights_only=True)
-    model = models.build(state["args"]).eval()
+    model = build(state["args"]).eval()
     model.load_state_dict(state["ema"])
     y = torch.arange(20) % 3
     noise = torch.stack([torch.randn(1, 8, 8, generator=common.generator(5, "sample", i)) for i in range(20)])
@@ -236,7 +236,7 @@ def test_latents_are_decoded(process, sampler, tmp_path, fake_vae, capsys):
     """Drawn by the sampler on its own, unclipped (latents leave [-1, 1]), divided by the scale and decoded one by one."""
     checkpoint = latent(make_checkpoint(tmp_path / "l.pt", process, channels=4), latent_scale=0.25, vae="its/own")
     state = torch.load(checkpoint, weights_only=True)
-    model, proc = models.from_checkpoint(state)
+    model, proc = from_checkpoint(state)
     noise, y = torch.stack([torch.randn(4, 8, 8, generator=common.generator(0, "sample", i)) for i in range(20)]), torch.arange(20) % 3
     with torch.no_grad():
         x = SAMPLERS[process][sampler](guided(model, proc, y), noise, proc, 2, **({"clip_x0": False} if process == "ddpm" else {}))
@@ -275,7 +275,7 @@ def test_without_diffusers_one_line_says_what_to_install(tmp_path, monkeypatch, 
 def test_samples_of_the_real_format(real_vae, tmp_path):
     folder, net = real_vae
     checkpoint = latent(make_checkpoint(tmp_path / "l.pt", channels=4), latent_scale=0.3, vae=str(folder))
-    model, process = models.from_checkpoint(torch.load(checkpoint, weights_only=True))
+    model, process = from_checkpoint(torch.load(checkpoint, weights_only=True))
     noise, y = torch.stack([torch.randn(4, 8, 8, generator=common.generator(0, "sample", i)) for i in range(20)]), torch.arange(20) % 3
     with torch.no_grad():
         x = SAMPLERS["flow"]["heun"](guided(model, process, y), noise, process, 2)

@@ -17,7 +17,8 @@ import pytest
 import torch
 
 import common
-import models
+from models.build import build, from_checkpoint
+from models.sit import SiT
 import train
 from conftest import make_data, published_loss
 
@@ -271,7 +272,7 @@ def by_hand(data, seen, flags, steps, weights=None):
     """The run again in plain code from what entered the loss: weights, losses, clipping, AdamW, learning rate, EMA."""
     labels = np.load(data / "labels.npy")
     torch.manual_seed(flags.get("seed", 0))
-    model = models.build(dict(model=flags["model"], process="flow", size=8, channels=1, num_classes=3, class_std=1.0)).train()
+    model = build(dict(model=flags["model"], process="flow", size=8, channels=1, num_classes=3, class_std=1.0)).train()
     ema, opt = [p.detach().clone() for p in model.parameters()], torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1.0, weight_decay=0.0)
     order, losses, norms = train.Order(50, 8, flags.get("seed", 0)), [], []
     for n in range(steps):
@@ -372,7 +373,7 @@ def test_twenty_bad_steps_in_a_row_stop_the_run_with_the_good_checkpoint_intact(
     text = refused(capsys, tiny_data, tmp_path / "a", steps=100, checkpoint_every=4, log_every=50, fresh=False)
     assert "20 steps in a row" in text and "step 24" in text
     state = common.load_pt(tmp_path / "a/last.pt")
-    assert state["step"] == 4 and all(v.isfinite().all() for v in state["model"].values()) and models.from_checkpoint(state)
+    assert state["step"] == 4 and all(v.isfinite().all() for v in state["model"].values()) and from_checkpoint(state)
     assert [p.name for p in (tmp_path / "a").glob("step_*")] == ["step_0000004.pt"]
     monkeypatch.setattr(train, "diffusion_loss", REAL_LOSS)                # mended: the run goes on from there
     assert same_state(run(tiny_data, tmp_path / "a", steps=6), run(tiny_data, tmp_path / "b", steps=6))
@@ -454,7 +455,7 @@ def test_checkpoints_are_plain_and_carry_their_settings(tiny_data, tmp_path):
     for name in ("last.pt", "step_0000002.pt", "step_0000004.pt"):
         state = torch.load(tmp_path / "a" / name, weights_only=True)       # no Namespace, no pickled code
         assert type(state) is dict and type(state["args"]) is dict
-        model, process = models.from_checkpoint(state)
+        model, process = from_checkpoint(state)
         assert not model.training and process.name == "flow" and model.num_classes == 3 and equal(dict(model.state_dict()), dict(state["ema"]))
     assert "model" in torch.load(tmp_path / "a/last.pt", weights_only=True)
     assert set(torch.load(tmp_path / "a/step_0000002.pt", weights_only=True)) == {"ema", "step", "images_seen", "seconds", "args"}
@@ -540,7 +541,7 @@ def test_visual_tokens_belong_to_their_image_and_its_orientation(both, tiny_data
     assert torch.equal(torch.where(mirrored.view(-1, 1, 1, 1), x.flip(-1), x), pixels[v[:, 0, 0].long()])
     assert not both or torch.equal(v[:, 1, 0].long(), mirrored.long())
     assert state["projector"] and not [k for k in state["ema"] if "projector" in k] and "align" in stats(tmp_path / "a")[-1]
-    model, _ = models.from_checkpoint(state)
+    model, _ = from_checkpoint(state)
     assert not [n for n, _ in model.named_modules() if "projector" in n] and torch.equal(model.y_embedder.text[:3, 0].half(), torch.from_numpy(np.load(attach / "text.npy"))[:, 0])
 
 
@@ -631,7 +632,7 @@ def test_official_start_weights_begin_with_the_official_loss(kind, tmp_path, mon
     np.save(data / "latents.npy", np.concatenate([mean, std], 1).astype(np.float16))
     (data / "latents.json").write_text(json.dumps({"scale": 0.18215, "mean": 0.18215 * mean.mean(), "std": 0.18215 * np.sqrt(mean.var() + 0.01)}))
     torch.manual_seed(0)
-    net = models.sit.SiT(size=8, channels=4, num_classes=3, depth=2, width=384, heads=6, patch=2, learn_sigma=True).eval()
+    net = SiT(size=8, channels=4, num_classes=3, depth=2, width=384, heads=6, patch=2, learn_sigma=True).eval()
     for p in net.parameters():
         p.data += 0.05 * torch.randn_like(p)
     torch.save({"ema": {f"module.{k}": v for k, v in net.state_dict().items()}, "args": argparse.Namespace(lr=1e-4)}, tmp_path / "official.pt")
@@ -647,7 +648,7 @@ def test_official_start_weights_begin_with_the_official_loss(kind, tmp_path, mon
     torch.testing.assert_close(loss, published_loss(net, kind, x, u, eps, y), rtol=1e-4, atol=1e-5)
     args = state["args"]
     assert args["learn_sigma"] and args["depth"] == 2 and args["process"] == {"dit": "ddpm", "sit": "flow"}[kind]
-    again, _ = models.from_checkpoint(state)                               # an ordinary checkpoint of ours from here on
+    again, _ = from_checkpoint(state)                               # an ordinary checkpoint of ours from here on
     assert len(again.blocks) == 2 and (again.final_layer.linear.weight.abs() - net.final_layer.linear.weight.abs()).abs().max() < 2e-3
     capsys.readouterr()
     assert "--official dit or --official sit" in refused(capsys, data, tmp_path / "b", **flags)
