@@ -1,7 +1,7 @@
 """The machinery that every stage shares, in small rooms. Nothing here knows a paper.
 
-A room is opened when one of its names is first used: `import common` loads this index alone, so that a
-formula can be imported from a stage without locks, progress bars or pictures.
+A room is opened when one of its names is first used: `import common` loads this index alone, so
+that a formula can be imported from a stage without locks, progress bars or pictures.
 
     import common
 
@@ -14,12 +14,12 @@ import importlib
 
 ROOMS = {
     "errors": "UserError need reading user_errors machine_errors",
-    "processes": "world rank get_device dist_timeout single_process barrier all_reduce shard from_rank0 "
-                 "gather log progress",
+    "processes": "world rank get_device dist_timeout single_process barrier all_reduce shard "
+                 "from_rank0 gather log progress",
     "cli": "Parser number count batch_type seed_type add_run_flags add_list_flag",
-    "files": "atomic sweep need_disk free_for_output allocate write_at save_npy save_pt save_text save_json "
-             "load_npy load_npz load_pt load_json load_record load_lines fields check_kinds check_finite sound_rows "
-             "named_twice sha256",
+    "files": "atomic sweep need_disk free_for_output allocate write_at save_npy save_pt save_text "
+             "save_json load_npy load_npz load_pt load_json load_record load_lines fields "
+             "check_kinds check_finite sound_rows named_twice sha256",
     "stage": "Stage claim fill provenance",
     "inputs": "open_data load_indices check_origin rows_by_class load_checkpoint open_checkpoint "
               "open_encoder",
@@ -39,7 +39,7 @@ def __getattr__(name):
 
 
 def command(main):
-    """Decorator of a script's main(argv): errors and signals end in one line and the right exit code."""
+    """Decorator of a script's main(argv): errors and signals end in one line and an exit code."""
     @functools.wraps(main)
     def run(argv=None):
         return importlib.import_module("common.cli").run_command(main, argv)

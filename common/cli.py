@@ -33,7 +33,8 @@ class Parser(argparse.ArgumentParser):
         # --indices "$KEEP" with KEEP unset must not mean "all images".
         for before, word in zip(["", *args], args):
             if word == "" or (word.startswith("--") and word.endswith("=")):
-                self.error(f"{word or before or 'an argument'}: is empty; give a value or leave it out")
+                what = word or before or "an argument"
+                self.error(f"{what}: is empty; give a value or leave it out")
         return super().parse_known_args(args, namespace)
 
 
@@ -68,7 +69,7 @@ seed_type = number(int, low=0, high=2**62)
 
 
 def add_run_flags(parser, overwrite, seed=None):
-    """The flags that every stage ends with: --seed (where it draws anything), --device, --overwrite."""
+    """What every stage ends with: --seed where it draws anything, --device, --overwrite."""
     if seed:
         parser.add_argument("--seed", type=seed_type, default=0, help=seed)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -76,18 +77,18 @@ def add_run_flags(parser, overwrite, seed=None):
 
 
 def add_list_flag(parser, **choices):
-    """`--list NAME` prints the words that a flag or variable of this name may take, and ends. For run_all.sh."""
+    """Adds `--list NAME`, which prints what NAME may be, and ends; run_all.sh asks so."""
     class List(argparse.Action):
         def __call__(self, parser, namespace, value, option_string=None):
             print(*choices[value])
             parser.exit(0)
-    parser.add_argument("--list", choices=sorted(choices), action=List, dest=argparse.SUPPRESS,
-                        default=argparse.SUPPRESS, help="print the choices of this name and end")
+    parser.add_argument("--list", choices=sorted(choices), action=List, default=argparse.SUPPRESS,
+                        help="print the choices of this name and end")
 
 
 @contextlib.contextmanager
 def terminated():
-    """SIGTERM ends the process with 143, unless this is a thread: then signals are somebody else's."""
+    """SIGTERM ends the process with 143; in a thread signals are somebody else's."""
     try:
         old = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     except ValueError:
@@ -100,7 +101,7 @@ def terminated():
 
 
 def run_command(main, argv=None):
-    """main(argv). A user's mistake, a full disk and SIGTERM end in one line and the right exit code."""
+    """main(argv); a user's mistake, a full disk and SIGTERM end in one line and an exit code."""
     script = Path(sys.modules[main.__module__].__file__).name
     where = f" [rank {rank()} of {world()}]" if world() > 1 else ""
     try:
@@ -138,6 +139,6 @@ def failed_rank(error, script, where):
     who = f"rank {lost[1]}" if lost[1] else "another process"
     tail = " ".join(str(error).split())[-160:]
     print(f"{script}: error: {who} has ended, or did not come within DIST_TIMEOUT = "
-          f"{dist_timeout().total_seconds():.0f} s; torchrun names the first that failed (... {tail}){where}",
-          file=sys.stderr)
+          f"{dist_timeout().total_seconds():.0f} s; torchrun names the first that failed "
+          f"(... {tail}){where}", file=sys.stderr)
     return 1

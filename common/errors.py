@@ -1,10 +1,11 @@
-"""A user's mistake is one line that names the file, what is wrong and what to do, and exit code 2."""
+"""A mistake of the user's is one line: the file, what is wrong, what to do. Exit code 2."""
 import contextlib
 import errno
 import re
 
-# What is wrong with the machine, not with this program, among the errors of the system.
-FULL_OR_FORBIDDEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
+# Errors of the system that the user can mend while the last complete files stay intact.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class UserError(Exception):
@@ -27,8 +28,8 @@ def first_line(error, length=160):
 def reading(path, what, remedy="write it again with the script that makes it"):
     """Any failure over the content of a file becomes one line: file, fault, remedy.
 
-    Bodies stay short, for a mistake of ours in one would be blamed on the file. Too little memory and
-    errors that name a file already pass through.
+    Bodies stay short, for a mistake of ours in one would be blamed on the file. Too little memory
+    and errors that are such a line already pass through.
     """
     try:
         yield
@@ -42,7 +43,7 @@ def reading(path, what, remedy="write it again with the script that makes it"):
 
 @contextlib.contextmanager
 def user_errors():
-    """What models/ raise about weights, names and shapes that they were given is the user's to mend."""
+    """What models/ raise about weights, names and shapes is the user's to mend."""
     try:
         yield
     except (ValueError, FileNotFoundError, ImportError) as e:
@@ -58,15 +59,16 @@ def machine_errors():
     try:
         yield
     except OSError as e:
-        if e.errno in FULL_OR_FORBIDDEN:
-            raise UserError(f"{e.filename or 'output'}: {e.strerror}; the last complete files are intact, "
-                            "make room or rights and run the same command again") from e
+        if e.errno in (*FULL, *FORBIDDEN):
+            raise UserError(f"{e.filename or 'output'}: {e.strerror}; the last complete files are "
+                            "intact, make room or rights and run the same command again") from e
         if e.errno is None or e.filename is None:
             raise
-        raise UserError(f"{e.filename}: {e.strerror}; mend this path and run the same command again") from e
+        raise UserError(f"{e.filename}: {e.strerror}; mend this path and run the same command "
+                        "again") from e
     except (MemoryError, RuntimeError) as e:
         of_memory = re.search("out of memory|not enough memory|allocate memory", str(e))
         if not (of_memory or isinstance(e, MemoryError)):
             raise
-        raise UserError(f"not enough memory ({str(e)[:160]}); use a smaller batch, image size or network, "
-                        "or another device") from e
+        raise UserError(f"not enough memory ({str(e)[:160]}); use a smaller batch, image size or "
+                        "network, or another device") from e

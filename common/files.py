@@ -16,11 +16,11 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from common.errors import UserError, first_line, need, reading
+from common.errors import FULL, UserError, first_line, need, reading
 
 AGAIN = "write it again with the script that makes it"
-TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp(\.\w+)?")             # the names that atomic() gives
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# The names that atomic() gives to what it is writing.
+TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp(\.\w+)?")
 
 
 # ---------------------------------------------------------------------------------------- writing
@@ -31,7 +31,8 @@ def atomic(path):
     On any failure the temporary file goes and `path` stays as it was.
     """
     path = Path(path)
-    fd, tmp = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=f".tmp{path.suffix}", dir=path.parent)
+    before, after = f".{path.stem}.", f".tmp{path.suffix}"
+    fd, tmp = tempfile.mkstemp(prefix=before, suffix=after, dir=path.parent)
     os.close(fd)
     try:
         yield tmp
@@ -50,7 +51,7 @@ def atomic(path):
 
 
 def sweep(folder):
-    """Remove the temporary files that a killed process left; the folder's lock says that none is alive."""
+    """Remove the temporary files of a killed process; the folder's lock says that none is alive."""
     for path in Path(folder).iterdir():
         if TEMPORARY.fullmatch(path.name) and path.is_file():
             path.unlink(missing_ok=True)
@@ -68,8 +69,8 @@ def free_for_output(folder):
     folder = Path(folder)
     blocked = next(p for p in (folder, *folder.parents) if os.path.lexists(p))
     what = "file" if blocked.exists() else "broken link"
-    need(blocked.is_dir(), f"{folder}: a {what} stands where the output folder should be ({blocked}); "
-                           "choose another --out")
+    need(blocked.is_dir(), f"{folder}: a {what} stands where the output folder should be "
+                           f"({blocked}); choose another --out")
 
 
 def need_disk(folder, size):
@@ -78,12 +79,12 @@ def need_disk(folder, size):
     absolute = Path(folder).absolute()
     place = next(p for p in (absolute, *absolute.parents) if p.exists())
     free = shutil.disk_usage(place).free
-    need(size <= free, f"{folder}: {size / 1e9:,.1f} GB will be written, the disk has {free / 1e9:,.1f} GB "
-                       "left; make room or ask for less")
+    need(size <= free, f"{folder}: {size / 1e9:,.1f} GB will be written, the disk has "
+                       f"{free / 1e9:,.1f} GB left; make room or ask for less")
 
 
 def allocate(path, dtype, shape):
-    """A .npy of zeros whose disk space is reserved, so that a full disk shows now and not hours later."""
+    """A .npy of zeros with its disk space reserved: a full disk shows now and not hours later."""
     with atomic(path) as tmp:
         np.lib.format.open_memmap(tmp, "w+", dtype, shape).flush()
         with open(tmp, "rb+") as f:
@@ -93,7 +94,7 @@ def allocate(path, dtype, shape):
                 pass                                 # a system without the call
             except OSError as e:
                 # A file system without the call is no reason to stop, a full one is.
-                if e.errno in NO_ROOM:
+                if e.errno in FULL:
                     raise OSError(e.errno, e.strerror, str(path)) from e
 
 
@@ -149,9 +150,10 @@ KINDS = {"i": "integers", "u": "unsigned integers", "f": "floats", "b": "boolean
 
 
 def load_npy(path, what, shape=None, kind=None):
-    """A read-only memory map of a .npy file, checked. shape: with None for "any"; kind: numpy's, e.g. 'iu'.
+    """A read-only memory map of a .npy file, checked; never unpickles.
 
-    Raises UserError that names the file, what is wrong and what was expected. Never unpickles.
+    shape: a tuple with None for "any"; kind: numpy's kinds, e.g. 'iu'. Raises UserError that names
+    the file, what is wrong and what was expected.
     """
     path = existing(path, what)
     with reading(path, f".npy file ({what} expected)"):
@@ -168,16 +170,16 @@ def load_npy(path, what, shape=None, kind=None):
 
 
 def check_finite(array, path, what, rows=65536):
-    """Raise UserError that names the first row of an array with NaN or infinity; reads in chunks."""
+    """UserError that names the first row of an array with NaN or infinity; reads in chunks."""
     for lo in range(0, len(array), rows):
         part = np.isfinite(np.asarray(array[lo:lo + rows]))
-        sound = part.reshape(len(part), -1).all(1)                                     # (rows,)
-        need(sound.all(), f"{path}: {what} has NaN or infinity, first in row {lo + int(np.argmin(sound))}; "
-                          "make it again")
+        sound = part.reshape(len(part), -1).all(1)                    # (rows,)
+        bad = lo + int(np.argmin(sound))
+        need(sound.all(), f"{path}: {what} has NaN or infinity, first in row {bad}; make it again")
 
 
 def sound_rows(x, rows, path):
-    """The tensor x (b, ...), read as these rows of a file; a row with NaN or infinity is refused."""
+    """The tensor x (b, ...) that was read as these rows of a file; NaN and infinity are refused."""
     if x.is_floating_point():
         sound = x.isfinite().flatten(1).all(1).tolist()
         if not all(sound):
@@ -186,7 +188,7 @@ def sound_rows(x, rows, path):
 
 
 def free_memory():
-    """Bytes that can be had: Linux counts what its file cache would give back, elsewhere all memory."""
+    """Bytes that can be had: on Linux with what its file cache would give back, elsewhere all."""
     try:
         text = Path("/proc/meminfo").read_text()
         return int(re.search(r"MemAvailable:\s+(\d+)", text)[1]) * 1024
@@ -197,7 +199,8 @@ def free_memory():
 def load_npz(path, names, what):
     """{name: array} of those members of an .npz that are among `names`; nothing is unpickled.
 
-    What each claims to be is compared with its size in the archive and with memory before it is loaded.
+    What each claims to be is compared with its size in the archive and with memory before it is
+    loaded.
     """
     path = existing(path, what)
     arrays = {}
@@ -213,22 +216,23 @@ def load_npz(path, names, what):
 
 def load_member(path, archive, name, member):
     """One array of an .npz, after a look at its header."""
-    headers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    headers = {(1, 0): np.lib.format.read_array_header_1_0,
+               (2, 0): np.lib.format.read_array_header_2_0}
     with archive.open(member) as f:
         shape, _, dtype = headers[np.lib.format.read_magic(f)](f)
         claim = math.prod(shape) * dtype.itemsize
         held = member.file_size - f.tell()
-    need(not dtype.hasobject, f"{path}: '{name}' holds pickled objects, which are never read; save it as a "
-                              "plain array")
-    need(claim == held, f"{path}: damaged: '{name}' claims {claim} bytes but holds {held}; {AGAIN}")
-    need(claim <= free_memory(), f"{path}: '{name}' needs {claim / 1e9:.1f} GB of memory, more than is free; "
-                                 "use a folder of images")
+    need(not dtype.hasobject, f"{path}: '{name}' holds pickled objects, which are never read; save "
+                              "it as a plain array")
+    need(claim == held, f"{path}: damaged: '{name}' claims {claim} bytes, holds {held}; {AGAIN}")
+    need(claim <= free_memory(), f"{path}: '{name}' needs {claim / 1e9:.1f} GB of memory, more "
+                                 "than is free; use a folder of images")
     with archive.open(member) as f:
         return np.lib.format.read_array(f, allow_pickle=False)
 
 
 class Part(dict):
-    """A dict out of a file. A key that is looked up in vain is the file's fault, and the error names it."""
+    """A dict out of a file. A key that is missing is the file's fault, and the error names it."""
 
     def __init__(self, value, path):
         super().__init__(value)
@@ -239,19 +243,23 @@ class Part(dict):
 
 
 def load_pt(path, what="a checkpoint", allow=()):
-    """torch.load(weights_only=True) of a dict, on the CPU; `allow` are classes whose objects it may hold."""
+    """torch.load(weights_only=True) of a dict, on the CPU; nothing in the file is executed.
+
+    allow: classes whose objects it may hold.
+    """
     path = existing(path, what)
     try:
         with torch.serialization.safe_globals(list(allow)):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:
         need(allow or "argparse.Namespace" not in str(e),
-             f"{path}: not readable as {what}, but holds an argparse.Namespace, as official DiT/SiT training "
-             "checkpoints do: say which it is, where the script reads them, with --official dit or --official sit")
-        text = (str(e) or type(e).__name__).splitlines()[0][:120]
-        raise UserError(f"{path}: not readable as {what} ({text}); it is damaged, or holds pickled code, which "
-                        "is never run; use another file")
-    need(isinstance(state, dict), f"{path}: holds a {type(state).__name__}, but {what} must be a dict")
+             f"{path}: not readable as {what}, but holds an argparse.Namespace, as official "
+             "DiT/SiT training checkpoints do: say which it is, where the script reads them, with "
+             "--official dit or --official sit")
+        raise UserError(f"{path}: not readable as {what} ({first_line(e, 120)}); it is damaged, or "
+                        "holds pickled code, which is never run; use another file")
+    kind = type(state).__name__
+    need(isinstance(state, dict), f"{path}: holds a {kind}, but {what} must be a dict")
     if isinstance(state.get("args"), dict):
         state["args"] = Part(state["args"], path)
     return Part(state, path)
@@ -284,13 +292,13 @@ def need_kind(path, name, value, kind):
 
 
 def fields(path, value, **kinds):
-    """Raise UserError unless the dict `value`, out of this file, has these keys with values of these types."""
+    """UserError unless the dict `value`, out of this file, has these keys, of these types."""
     for key, kind in kinds.items():
         need_kind(path, repr(key), value[key], kind)
 
 
 def load_record(path):
-    """A <script>.args.json: args and inputs are dicts, seconds a number, or None while it has not finished."""
+    """A <script>.args.json: args and inputs are dicts, seconds a number, or None before the end."""
     record = load_json(path, f"the record of {Path(path).name.split('.')[0]}.py")
     kinds = {"args": dict, "inputs": dict, "seconds": (int, float, type(None))}
     # What is missing shows when it is asked for.

@@ -7,36 +7,39 @@ from types import SimpleNamespace
 import numpy as np
 
 from common.errors import UserError, need, user_errors
-from common.files import (fields, load_json, load_lines, load_npy, load_pt, load_record, save_pt)
+from common.files import (fields, load_json, load_lines, load_npy, load_pt, load_record,
+                          save_pt)
 from common.processes import barrier, log, rank
 
 ANEW = "make the data folder again with data.py"
 
 
-# ---------------------------------------------------------------------------------------- data folder
+# ------------------------------------------------------------------------------------- data folder
 def open_data(folder, pixels=True):
     """A data folder of stage 0, checked: counts, dtypes, range of the labels.
 
-    Returns a namespace: images uint8 (N, H, W, C) (a memory map, or None), latents, labels int64 (N,), classes,
-    num_classes, info (dataset.json), test_images, test_labels, folder. pixels=False accepts a folder that
-    holds latents only. Raises UserError that names the file.
+    Returns a namespace: images uint8 (N, H, W, C) (a memory map, or None), latents (likewise),
+    labels int64 (N,), classes, num_classes, info (dataset.json), test_images, test_labels, folder.
+    pixels=False accepts a folder that holds latents only. Raises UserError that names the file.
     """
     folder = Path(folder)
-    need(folder.is_dir(), f"{folder}: no such data folder; make it with: python data.py "
-                          f"digits|cifar10|FOLDER|FILE.npz --out {folder}")
+    need(folder.is_dir(), f"{folder}: no such data folder; make it with: python data.py digits|"
+                          f"cifar10|FOLDER|FILE.npz --out {folder}")
     info = load_json(folder / "dataset.json", "the data folder's description, written by data.py,")
     fields(folder / "dataset.json", info, sha256=str, name=str)
-    data = SimpleNamespace(folder=folder, info=info, images=None, latents=None, test_images=None,
-                           test_labels=None)
+    data = SimpleNamespace(folder=folder, info=info, images=None, latents=None,
+                           test_images=None, test_labels=None)
     data.classes = load_lines(folder / "classes.txt")
     data.num_classes = len(data.classes)
     data.labels = load_labels(folder / "labels.npy", "labels, int64 (N,)", data.num_classes)
     n = len(data.labels)
     if (folder / "latents.npy").exists():
         shape = (n, None, None, None)
-        data.latents = load_npy(folder / "latents.npy", "latents, float16 (N, 2c, h, w)", shape, "f")
+        what = "latents, float16 (N, 2c, h, w)"
+        data.latents = load_npy(folder / "latents.npy", what, shape, "f")
     if pixels or (folder / "images.npy").exists():
-        data.images = load_images(folder / "images.npy", "images, uint8 (N, H, W, C)", (n, None, None, None))
+        shape = (n, None, None, None)
+        data.images = load_images(folder / "images.npy", "images, uint8 (N, H, W, C)", shape)
     else:
         need(data.latents is not None, f"{folder}: neither images.npy nor latents.npy; {ANEW}")
     if (folder / "test_images.npy").exists():
@@ -54,8 +57,9 @@ def load_labels(path, what, num_classes):
     labels = np.array(load_npy(path, what, (None,), "iu"), dtype=np.int64)
     need(len(labels), f"{path}: holds no label; {ANEW}")
     low, high = labels.min(), labels.max()
-    need(low >= 0 and high < num_classes, f"{path}: labels run {low}..{high}, but {path.parent / 'classes.txt'} "
-                                          f"names {num_classes} classes; {ANEW}")
+    names = path.parent / "classes.txt"
+    need(low >= 0 and high < num_classes,
+         f"{path}: labels run {low}..{high}, but {names} names {num_classes} classes; {ANEW}")
     return labels
 
 
@@ -63,7 +67,8 @@ def load_images(path, what, shape):
     """A memory map of images uint8 (N, H, W, 1 or 3)."""
     images = load_npy(path, what, shape, "u")
     sound = images.dtype == np.uint8 and images.shape[3] in (1, 3) and 0 not in images.shape
-    need(sound, f"{path}: {images.dtype} {images.shape}, but images must be uint8 (N, H, W, 1 or 3); {ANEW}")
+    need(sound, f"{path}: {images.dtype} {images.shape}, but images must be uint8 (N, H, W, 1 or "
+                f"3); {ANEW}")
     return images
 
 
@@ -76,7 +81,7 @@ def rows_by_class(labels, num_classes):
 
 # ---------------------------------------------------------------------------------------- kept sets
 def check_origin(path, data):
-    """A file that another stage made says beside it of which data set: refused where that is not this one."""
+    """A file of another stage says beside it of which data set it is: another one is refused."""
     for file in Path(path).parent.glob("*.args.json"):
         record = load_record(file)
         made_of = record["inputs"].get("data")
@@ -87,16 +92,18 @@ def check_origin(path, data):
 
 
 def load_indices(path, n, labels=None, num_classes=None):
-    """keep.npy: int64 (M,) sorted, distinct, in 0..n-1. With labels, every class must keep an image."""
+    """keep.npy: int64 (M,) sorted, distinct, in 0..n-1; with labels, every class keeps an image."""
     keep = np.array(load_npy(path, "kept indices, int64 (M,)", (None,), "iu"), dtype=np.int64)
     run = f"{keep.min()}..{keep.max()}" if len(keep) else "-..-"
     need(len(keep) and keep.min() >= 0 and keep.max() < n,
-         f"{path}: indices run {run}, but the data set has images 0..{n - 1}; take indices that were made for it")
-    need((np.diff(keep) > 0).all(), f"{path}: indices must be sorted and without repeats; np.unique(keep) makes "
-                                    "them so")
+         f"{path}: indices run {run}, but the data set has images 0..{n - 1}; take indices that "
+         "were made for it")
+    need((np.diff(keep) > 0).all(),
+         f"{path}: indices must be sorted and without repeats; np.unique(keep) makes them so")
     if labels is not None:
         counts = np.bincount(labels[keep], minlength=num_classes)
-        need(counts.all(), f"{path}: class {np.argmin(counts)} keeps no image; keep at least one of each class")
+        need(counts.all(), f"{path}: class {np.argmin(counts)} keeps no image; keep at least one "
+                           "of each class")
     return keep
 
 
@@ -104,8 +111,8 @@ def load_indices(path, n, labels=None, num_classes=None):
 def load_checkpoint(path, official=None):
     """A checkpoint dict; official weights ('dit', 'sit') as train.py would have written them.
 
-    Official training checkpoints carry their flags as an argparse.Namespace. Only for them that one class is
-    let in: it has no __setstate__, so loading it sets attributes and runs nothing.
+    Official training checkpoints carry their flags as an argparse.Namespace. Only for them that one
+    class is let in: it has no __setstate__, so loading it sets attributes and runs nothing.
     """
     if not official:
         return load_pt(path, "a checkpoint of train.py")
@@ -118,7 +125,7 @@ def load_checkpoint(path, official=None):
 
 
 def open_checkpoint(path, official=None):
-    """(checkpoint dict, model of its EMA in eval mode, process) of train.py, or of official weights."""
+    """(checkpoint dict, model of its EMA in eval mode, process) of such a file."""
     from models.build import from_checkpoint
     state = load_checkpoint(path, official)
     try:
@@ -128,7 +135,7 @@ def open_checkpoint(path, official=None):
 
 
 def open_encoder(name, data, device, weights=None):
-    """The encoder `name` for a data folder. `scratch` without weights is DATA/scratch.pt, made where absent."""
+    """The encoder `name` for a data folder. scratch without weights: DATA/scratch.pt, made once."""
     from models import encoders
     with user_errors():
         if name == "scratch" and not weights:
@@ -137,8 +144,8 @@ def open_encoder(name, data, device, weights=None):
                 make_scratch(weights, data, device)
             barrier(patient=True)
         try:
-            return encoders.load(name, device, weights=weights, images=data.images, labels=data.labels,
-                                 num_classes=data.num_classes)
+            return encoders.load(name, device, weights=weights, images=data.images,
+                                 labels=data.labels, num_classes=data.num_classes)
         except ValueError as e:
             if weights is None or str(weights) in str(e):
                 raise
@@ -150,8 +157,8 @@ def make_scratch(path, data, device):
     from models.scratch import train_scratch
     log(f"training the scratch network on {len(data.images):,} images, once: {path}")
     start = time.time()
-    state = train_scratch(data.images, data.labels, data.num_classes, device, test_images=data.test_images,
-                          test_labels=data.test_labels)
+    state = train_scratch(data.images, data.labels, data.num_classes, device,
+                          test_images=data.test_images, test_labels=data.test_labels)
     save_pt(path, {**state, "seconds": time.time() - start})
     accuracy = "unknown" if state["accuracy"] is None else f"{state['accuracy']:.1%}"
     log(f"scratch network: held-out accuracy {accuracy}")

@@ -7,6 +7,7 @@ import torch
 
 from common.errors import UserError, need
 
+DEVICES = "use auto, cpu, cuda or cuda:N"
 PATIENCE = datetime.timedelta(days=30)
 _meeting = None                  # the process group of CPU sockets over which Python values pass
 
@@ -43,25 +44,25 @@ def get_device(name="auto"):
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"--device {name}: no such kind of device; use auto, cpu, cuda or cuda:N")
+        raise UserError(f"--device {name}: no such kind of device; {DEVICES}")
     if device.type == "cuda":
         index = device.index or 0
         if world() > 1:
             index = int(os.environ.get("LOCAL_RANK", 0))
         count = torch.cuda.device_count()
-        need(index < count, f"--device {name}: this machine shows {count} CUDA devices; use --device cpu "
-                            "or fewer processes")
+        need(index < count, f"--device {name}: this machine shows {count} CUDA devices; use "
+                            "--device cpu or fewer processes")
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
     else:
-        need(device.type == "cpu", f"--device {name}: not available here; use auto, cpu, cuda or cuda:N")
+        need(device.type == "cpu", f"--device {name}: not available here; {DEVICES}")
     if world() > 1 and not torch.distributed.is_initialized():
         join(device)
     return device
 
 
 def join(device):
-    """Join the process group: NCCL between GPUs, gloo between CPUs, and gloo beside it to meet in."""
+    """Join the process group (NCCL between GPUs, else gloo), and gloo beside it to meet in."""
     global _meeting
     backend = "nccl" if device.type == "cuda" else "gloo"
     torch.distributed.init_process_group(backend, timeout=dist_timeout())
