@@ -89,6 +89,8 @@ class Stage:
     args     holds out and overwrite; they, device and the flags in `free` may differ on a resume
     inputs   {name: path of a file, or a data folder's info dict}, whose hashes the record keeps
     outputs  names that must stand for the stage to be done; ready() has the last word on that
+    load     called where the stage is not done, before anything is removed or written: for what
+             takes long to load, and may be refused
     stale    patterns that a call which begins anew removes: what another call left must not pass
              for its own
     scraps   patterns that only a resume needs: finish() removes them
@@ -99,12 +101,13 @@ class Stage:
     """
 
     def __init__(self, script, args, inputs=(), outputs=(), free=(), stale=(), scraps=(), parts=(),
-                 ready=None):
+                 ready=None, load=None):
         self.script = script
         self.out = Path(args.out)
         self.file = self.out / f"{script}.args.json"
         self.outputs = outputs
         self.ready = ready or (lambda: True)
+        self.load = load or (lambda: None)
         self.overwrite = getattr(args, "overwrite", False)
         self.inputs = dict(inputs)
         unbound = {"out", "overwrite", "device", *free}
@@ -127,6 +130,8 @@ class Stage:
             if self.done:
                 log(f"{self.script}.py: {self.out} is complete and was made with these arguments; "
                     "nothing to do (--overwrite makes it again)")
+            else:
+                self.load()
             if rank() == 0:
                 if self.done:
                     self._remove(self.scraps)
@@ -134,7 +139,7 @@ class Stage:
                     self._begin()
             barrier()
         except BaseException:
-            self.claimed.close()
+            self.__exit__(*sys.exc_info())
             raise
         return self
 
