@@ -144,8 +144,7 @@ def open_encoder(name, data, device, weights=None):
                 make_scratch(weights, data, device)
             barrier(patient=True)
         try:
-            return encoders.load(name, device, weights=weights, images=data.images,
-                                 labels=data.labels, num_classes=data.num_classes)
+            return encoders.load(name, device, weights=weights, images=data.images)
         except ValueError as e:
             if weights is None or str(weights) in str(e):
                 raise

@@ -1,15 +1,18 @@
-"""Frozen networks that turn images into vectors (surrogates, judges) or into patch tokens (what a diffusion model is aligned to).
+"""Frozen networks that turn images into vectors (to score or judge) or patch tokens (to align to).
 
     enc = load("inception", device, weights="pt_inception-2015-12-05-6726825d.pth")
-    z = extract(enc, images)                                          # uint8 (N, H, W, C), a memory map will do -> float32 (N, 2048)
-    v = extract(load("dinov2_vitb14", device), images, kind="tokens")                        # -> float32 (N, 256, 768)
+    z = extract(enc, images)                         # uint8 (N, H, W, C) -> float32 (N, 2048)
+    enc = load("dinov2_vitb14", device)
+    v = extract(enc, images, kind="tokens")          # -> float32 (N, 256, 768)
 
-ENCODERS is the one table of what there is; describe() prints it. Vae is the way to latents and back. Mistakes raise ValueError,
-FileNotFoundError or ImportError with one full line; missing weights are never replaced by random ones.
+ENCODERS is the one table of what there is: a new encoder is a class and a row. Mistakes raise
+ValueError, FileNotFoundError or ImportError with one full line; missing weights are never replaced
+by random ones.
 """
 import hashlib
+import importlib
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,192 +20,52 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-
-@dataclass(frozen=True)
-class Spec:
-    size: object            # the side that images are resized to, or None: the network takes the data set's own size
-    norm: str               # key of NORMS
-    width: object           # of the pooled vector; a text where data or checkpoint decide
-    tokens: object          # "T x d", or None where there are no patch tokens
-    source: str
-    needs: str              # what to install, or what to make first
+from models.scratch import Scratch
 
 
-NORMS = {"[-1,1]": ((0.5,), (0.5,)), "[0,1]": ((0.0,), (1.0,)), "ImageNet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-         "CLIP": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)), "data set": ((0.0,), (1.0,))}   # data set: inside
-URLS = {"inception": "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
-        "resnet18": "https://download.pytorch.org/models/resnet18-f37072fd.pth",          # torchvision's IMAGENET1K_V1
-        **{k: f"https://dl.fbaipublicfiles.com/dinov2/{k}/{k}_pretrain.pth" for k in ("dinov2_vits14", "dinov2_vitb14", "dinov2_vitl14")}}
-CLIP_NAME = "openai/clip-vit-base-patch32"
-ENCODERS = {
-    "inception":     Spec(299, "[-1,1]", 2048, None, "pytorch-fid's InceptionV3 with the FID weights, pool3", "92 MB download or .pth; pytorch-fid"),
-    "resnet18":      Spec(224, "ImageNet", 512, "196 x 768", "torchvision IMAGENET1K_V1; tokens: layer3 beside layer4", "45 MB download or .pth"),
-    "dinov2_vits14": Spec(224, "ImageNet", 384, "256 x 384", "facebookresearch/dinov2, normalised class token", "84 MB download or .pth"),
-    "dinov2_vitb14": Spec(224, "ImageNet", 768, "256 x 768", "facebookresearch/dinov2, normalised class token", "330 MB download or .pth"),
-    "dinov2_vitl14": Spec(224, "ImageNet", 1024, "256 x 1024", "facebookresearch/dinov2, normalised class token", "1.2 GB download or .pth"),
-    "clip":          Spec(224, "CLIP", 512, None, f"{CLIP_NAME}, image embedding", "pip install transformers; download or folder"),
-    "ddae":          Spec(None, "[-1,1]", "model's", "model's", "middle block of a diffusion model at time 0.05", "checkpoint of train.py (pixels)"),
-    "scratch":       Spec(None, "data set", "32 to 256", "<= 64", "small ResNet trained on the data set's labels", "nothing; at least two classes"),
-    "pixels":        Spec(None, "[0,1]", "<= 64", None, "PCA of the pixels", "nothing"),
-}
+# ---------------------------------------------------------------------------- the networks
+class Network(nn.Module):
+    """What a row of ENCODERS builds.
 
-
-def describe():
-    """The table of encoders as aligned text, for --help and the README."""
-    rows = [("encoder", "input", "normalised", "width", "tokens", "what it is", "needs")]
-    rows += [(k, str(s.size or "own"), s.norm, str(s.width), s.tokens or "-", s.source, s.needs) for k, s in ENCODERS.items()]
-    wide = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(r, wide)).rstrip() for r in rows)
-
-
-class Encoder(nn.Module):
-    """A frozen network behind one face: x is uint8 (n, H, W, C) on `device`, C 1 or 3; answers are float32, outside autocast, without gradients.
-
-    name, width (of pooled), token_width (or None), identity: name and a hash of the weights, i.e. what a figure or a cache was made with.
+    forward(x): images (n, channels, H, W), normalised as its row says -> pooled (n, D), patch
+    tokens (n, T, d) or None, class logits (n, K) or None.
     """
-
-    def __init__(self, name, net, spec, device, probe):
-        super().__init__()
-        self.name, self.net, self.spec, self.device = name, net.to(device).eval().requires_grad_(False), spec, torch.device(device)
-        h = hashlib.sha256()
-        for key, value in sorted(net.state_dict().items()):
-            h.update(f"{key}{tuple(value.shape)}".encode())
-            h.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        self.identity = f"{name}:{h.hexdigest()[:16]}"
-        z, tokens, _ = self._run(torch.from_numpy(np.array(probe)).to(device))        # images that do not fit are refused here, before any work
-        self.width, self.token_width = z.shape[1], None if tokens is None else tokens.shape[2]
-
-    @torch.no_grad()
-    def _run(self, x):
-        """(pooled (n, D), tokens (n, T, d) or None, logits (n, K) or None). Resizing: bilinear in pytorch-fid, bicubic in REPA, both without
-        antialiasing; CLIP's has it. Flips nothing, crops nothing."""
-        x = x.permute(0, 3, 1, 2).float() / 255                       # (n, C, H, W)
-        c = getattr(self.net, "channels", 3)
-        x = x.expand(-1, 3, -1, -1) if (x.shape[1], c) == (1, 3) else x
-        if x.shape[1] != c:
-            raise ValueError(f"encoder {self.name} was made for {c} colour channels, the images have {x.shape[1]}; use another encoder or weights")
-        # fp32 means fp32: neither autocast nor TF32 convolutions, which cuDNN takes by default
-        with torch.autocast(self.device.type, enabled=False), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            if self.spec.size:
-                x = F.interpolate(x, (self.spec.size, self.spec.size), mode="bilinear" if self.name == "inception" else "bicubic",
-                                  antialias=self.name == "clip")
-            mean, std = (torch.tensor(v, device=x.device).view(1, -1, 1, 1) for v in NORMS[self.spec.norm])
-            return self.net((x - mean) / std)
-
-    def _part(self, x, i, what, who):
-        out = self._run(x)[i]
-        if out is None:
-            raise ValueError(f"encoder {self.name} has no {what}; use {who}")
-        return out.float()
-
-    def pooled(self, x):
-        return self._part(x, 0, "features", "")                       # (n, D)
-
-    def tokens(self, x):
-        return self._part(x, 1, "patch tokens", "dinov2_vits14, dinov2_vitb14, dinov2_vitl14, resnet18, scratch or ddae")   # (n, T, d)
-
-    def logits(self, x):
-        return self._part(x, 2, "class logits", "inception or scratch")   # (n, K)
+    channels = 3             # of colour
+    size = None              # the side of x, where it is not the one in the row
 
 
-def extract(encoder, images, batch_size=256, kind="pooled", out=None, rows=None, flip=False, bar=None):
-    """Features of images[rows] (of all without rows): row j of the answer belongs to rows[j]. kind: pooled, tokens or logits.
+class Inception(Network):
+    """pytorch-fid's network: torchvision's layout with four kinds of block patched.
 
-    out: an array or memory map of len(rows) rows to write into (float16 will do), else a new float32 one. flip: of the mirrored images.
-    bar: something with update(n). Resuming is the caller's: call it again with the rows that are missing.
+    Pooled is pool3, the input of the 1 008-way layer.
     """
-    rows = np.arange(len(images)) if rows is None else np.asarray(rows)
-    for lo in range(0, len(rows), batch_size):
-        x = torch.from_numpy(np.array(images[rows[lo:lo + batch_size]])).to(encoder.device)   # (b, H, W, C)
-        z = getattr(encoder, kind)(x.flip(2) if flip else x).cpu().numpy()
-        out = np.empty((len(rows), *z.shape[1:]), np.float32) if out is None else out
-        with np.errstate(over="ignore"):                              # float16 overflow is caught by the next check
-            out[lo:lo + len(z)] = z
-        if not np.isfinite(out[lo:lo + len(z)]).all():
-            raise ValueError(f"encoder {encoder.name} gave NaN, infinity or more than {out.dtype} holds among images {rows[lo]}.."
-                             f"{rows[lo + len(z) - 1]}; its weights are damaged")
-        if bar is not None:
-            bar.update(len(z))
-    return out
-
-
-def load(name, device, weights=None, images=None, **context):
-    """The encoder `name`, ready to use. weights: a local file (for clip a folder or a name of its hub), else the usual download.
-
-    images: uint8 (N, H, W, C), what pixels is fitted on and what every other network is tried on. Other context is not needed here.
-    """
-    if name not in ENCODERS:
-        raise ValueError(f"unknown encoder {name!r}; choose one of {', '.join(ENCODERS)}")
-    spec, kind = ENCODERS[name], "dinov2" if name in URLS and name.startswith("dinov2") else name
-    if kind == "pixels":
-        if images is None or weights is not None:
-            raise ValueError("encoder pixels is fitted on the data set's images and takes no weights file; give none")
-        net = Pixels(images)
-    elif kind == "clip":
-        net = Clip(weights or CLIP_NAME)
-        spec = replace(spec, size=net.net.config.image_size)
-    else:
-        from models.scratch import Scratch
-        state = _read(name, weights)
-        try:
-            net = {"inception": Inception, "resnet18": ResNet18, "dinov2": Dinov2, "scratch": Scratch.restore, "ddae": Ddae}[kind](state)
-        except (ValueError, RuntimeError, KeyError, AttributeError, TypeError, IndexError) as e:   # what a foreign dict leads to
-            raise ValueError(f"{weights or URLS[name]}: not usable as weights of encoder {name}: {' '.join(str(e).split())[:200]}; use others") from e
-    if not all(v.isfinite().all() for v in net.state_dict().values()):
-        raise ValueError(f"{weights or URLS.get(name, name)}: weights of encoder {name} that hold NaN or infinity; use others")
-    size = getattr(net, "size", 32)
-    return Encoder(name, net, spec, device, np.zeros((1, size, size, getattr(net, "channels", 3)), np.uint8) if images is None else images[:1])
-
-
-def _read(name, weights):
-    """The dict of tensors in a local file or, without one, from torch.hub's folder, where it is downloaded to when absent."""
-    url = URLS.get(name)
-    if weights is None and url is None:
-        raise ValueError(f"encoder {name} reads {'a checkpoint of train.py' if name == 'ddae' else 'a network trained on labels'}: pass the file "
-                         "(--encoder-weights PATH)")
-    place = Path(weights) if weights is not None else Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
-    if weights is not None and not place.is_file():
-        raise FileNotFoundError(f"{weights}: no such file; encoder {name} expects its weights there" + (f" (official file: {url})" if url else ""))
-    try:
-        if weights is None:
-            return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True, check_hash=True)       # where the name carries one
-        state = torch.load(place, map_location="cpu", weights_only=True)
-    except Exception as e:                                            # no network: URLError and its kin; a damaged file: torch raises many kinds
-        if not place.is_file():
-            raise FileNotFoundError(f"encoder {name}: its weights are not on this machine and could not be downloaded ({' '.join(str(e).split())}); "
-                                    f"put {url} at {place}, or anywhere and pass it (--encoder-weights PATH)") from e
-        raise ValueError(f"{place}: not readable as weights of encoder {name} ({' '.join(str(e).split())[:120]}); the file is damaged, or holds "
-                         "pickled code, which is never run") from e
-    if not isinstance(state, dict):
-        raise ValueError(f"{place}: holds a {type(state).__name__}, but weights of encoder {name} must be a dict of tensors")
-    return state
-
-
-class Inception(nn.Module):
-    """pytorch-fid's network: torchvision's layout with four kinds of block patched; pooled = pool3, the input of the 1 008-way layer."""
 
     def __init__(self, state):
         super().__init__()
-        try:
-            from pytorch_fid import inception as fid
-        except ImportError as e:
-            raise ImportError("encoder inception needs the package pytorch-fid: pip install pytorch-fid") from e
+        fid = optional("pytorch_fid.inception", "encoder inception", "pytorch-fid")
         net = fid._inception_v3(num_classes=1008, aux_logits=False, weights=None)
-        for block, (width, branch) in {"5b": (192, 32), "5c": (256, 64), "5d": (288, 64)}.items():
-            setattr(net, f"Mixed_{block}", fid.FIDInceptionA(width, pool_features=branch))
-        for block, width in {"6b": 128, "6c": 160, "6d": 160, "6e": 192}.items():
-            setattr(net, f"Mixed_{block}", fid.FIDInceptionC(768, channels_7x7=width))
-        net.Mixed_7b, net.Mixed_7c = fid.FIDInceptionE_1(1280), fid.FIDInceptionE_2(2048)
+        net.Mixed_5b = fid.FIDInceptionA(192, pool_features=32)
+        net.Mixed_5c = fid.FIDInceptionA(256, pool_features=64)
+        net.Mixed_5d = fid.FIDInceptionA(288, pool_features=64)
+        net.Mixed_6b = fid.FIDInceptionC(768, channels_7x7=128)
+        net.Mixed_6c = fid.FIDInceptionC(768, channels_7x7=160)
+        net.Mixed_6d = fid.FIDInceptionC(768, channels_7x7=160)
+        net.Mixed_6e = fid.FIDInceptionC(768, channels_7x7=192)
+        net.Mixed_7b = fid.FIDInceptionE_1(1280)
+        net.Mixed_7c = fid.FIDInceptionE_2(2048)
         net.load_state_dict(state)
-        self.fc, net.fc, self.net = net.fc, nn.Identity(), net
+        self.fc = net.fc
+        net.fc = nn.Identity()
+        self.net = net
 
-    def forward(self, x):                                             # (n, 3, 299, 299)
-        z = self.net(x)                                               # (n, 2048)
-        return z, None, z @ self.fc.weight.T                          # important! without the bias, as ADM's evaluator computes the Inception Score
+    def forward(self, x):                            # (n, 3, 299, 299)
+        z = self.net(x)                              # (n, 2048)
+        # Important! Without the bias, as ADM's evaluator computes the Inception Score.
+        return z, None, z @ self.fc.weight.T
 
 
-class ResNet18(nn.Module):
-    """torchvision's ResNet-18. Tokens: the layer3 map (14 x 14 x 256) beside the layer4 map (7 x 7 x 512), each cell of which covers 2 x 2 tokens."""
+class ResNet18(Network):
+    """torchvision's ResNet-18; tokens are the map of layer3 beside that of layer4."""
 
     def __init__(self, state):
         super().__init__()
@@ -210,131 +73,454 @@ class ResNet18(nn.Module):
         self.net = resnet18(weights=None)
         self.net.load_state_dict(state)
 
-    def forward(self, x):                                             # (n, 3, 224, 224)
+    def forward(self, x):                            # (n, 3, 224, 224)
         net = self.net
-        low = net.layer3(net.layer2(net.layer1(net.maxpool(net.relu(net.bn1(net.conv1(x)))))))   # (n, 256, 14, 14)
-        high = net.layer4(low)                                        # (n, 512, 7, 7)
-        return high.mean((2, 3)), torch.cat([low, F.interpolate(high, low.shape[2:])], 1).flatten(2).transpose(1, 2), None
+        x = net.relu(net.bn1(net.conv1(x)))
+        x = net.layer2(net.layer1(net.maxpool(x)))
+        low = net.layer3(x)                          # (n, 256, 14, 14)
+        high = net.layer4(low)                       # (n, 512, 7, 7)
+        # Each cell of the small map belongs to 2 x 2 tokens.
+        v = torch.cat([low, F.interpolate(high, low.shape[2:])], 1)
+        return high.mean((2, 3)), v.flatten(2).transpose(1, 2), None
 
 
-class Dinov2(nn.Module):
-    """DINOv2's vision transformer (Oquab 2023) under the parameter names of its official files; sizes are read off the state, heads are 64 wide.
+class Dinov2(Network):
+    """DINOv2's vision transformer (Oquab 2023) under the parameter names of its official files.
 
-    Plain MLP blocks only: neither the giant (SwiGLU) nor the variants with registers load.
+    Sizes are read off the state. Plain MLP blocks only: neither the giant (SwiGLU) nor the variants
+    with registers load.
     """
 
     def __init__(self, state):
         super().__init__()
-        (hidden, d), patch = state["blocks.0.mlp.fc1.weight"].shape, state["patch_embed.proj.weight"].shape[-1]
-        self.cls_token, self.mask_token = nn.Parameter(torch.zeros(1, 1, d)), nn.Parameter(torch.zeros(1, d))   # the mask token serves training only
-        self.pos_embed = nn.Parameter(torch.zeros(state["pos_embed"].shape))          # (1, 1 + 37 * 37, d): trained at 518 pixels
+        hidden, d = state["blocks.0.mlp.fc1.weight"].shape
+        patch = state["patch_embed.proj.weight"].shape[-1]
+        depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, d))
+        self.mask_token = nn.Parameter(torch.zeros(1, d))                  # serves training only
+        # (1, 1 + 37 * 37, d), for it was trained at 518 pixels.
+        self.pos_embed = nn.Parameter(torch.zeros(state["pos_embed"].shape))
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, d, patch, patch)})
-        self.blocks = nn.ModuleList(DinoBlock(d, hidden) for _ in {k.split(".")[1] for k in state if k.startswith("blocks.")})
+        self.blocks = nn.ModuleList(DinoBlock(d, hidden) for _ in range(depth))
         self.norm = nn.LayerNorm(d, eps=1e-6)
         self.load_state_dict(state)
 
     def positions(self, h, w):
-        """The table resampled to h x w patches. The released models run with the scale (h + 0.1) / 37 instead of h / 37 in the bicubic
-        resampling: once a guard against rounding, now part of what their features are."""
+        """The table resampled to h x w patches.
+
+        The released models resample with the scale (h + 0.1) / 37 instead of h / 37: once a guard
+        against rounding, now part of what their features are.
+        """
         side = math.isqrt(self.pos_embed.shape[1] - 1)
         if (h, w) == (side, side):
             return self.pos_embed
-        grid = self.pos_embed[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)   # (1, d, side, side)
-        grid = F.interpolate(grid, scale_factor=((h + 0.1) / side, (w + 0.1) / side), mode="bicubic")
+        grid = self.pos_embed[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
+        scale = ((h + 0.1) / side, (w + 0.1) / side)
+        grid = F.interpolate(grid, scale_factor=scale, mode="bicubic")     # (1, d, h, w)
         return torch.cat([self.pos_embed[:, :1], grid.flatten(2).transpose(1, 2)], 1)
 
-    def forward(self, x):                                             # (n, 3, 224, 224)
-        x = self.patch_embed["proj"](x)                               # (n, d, 16, 16)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], 1) + self.positions(*x.shape[2:])
+    def forward(self, x):                            # (n, 3, 224, 224)
+        x = self.patch_embed["proj"](x)              # (n, d, 16, 16)
+        positions = self.positions(*x.shape[2:])
+        first = self.cls_token.expand(len(x), -1, -1)
+        x = torch.cat([first, x.flatten(2).transpose(1, 2)], 1) + positions
         for block in self.blocks:
             x = block(x)
-        x = self.norm(x)                                              # (n, 1 + 256, d)
+        x = self.norm(x)                             # (n, 1 + 256, d)
         return x[:, 0], x[:, 1:], None
 
 
 class DinoBlock(nn.Module):
+    """Attention with heads of 64 and an MLP, each scaled by a learnt gamma before it is added."""
+
     def __init__(self, d, hidden):
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(d, eps=1e-6), nn.LayerNorm(d, eps=1e-6)
+        self.norm1 = nn.LayerNorm(d, eps=1e-6)
+        self.norm2 = nn.LayerNorm(d, eps=1e-6)
         self.attn = nn.ModuleDict({"qkv": nn.Linear(d, 3 * d), "proj": nn.Linear(d, d)})
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(d, hidden), "fc2": nn.Linear(hidden, d)})
-        self.ls1, self.ls2 = (nn.ParameterDict({"gamma": nn.Parameter(torch.ones(d))}) for _ in range(2))   # LayerScale
+        self.ls1 = nn.ParameterDict({"gamma": nn.Parameter(torch.ones(d))})
+        self.ls2 = nn.ParameterDict({"gamma": nn.Parameter(torch.ones(d))})
 
-    def forward(self, x):                                             # (n, T, d)
-        q, k, v = self.attn["qkv"](self.norm1(x)).unflatten(2, (3, -1, 64)).permute(2, 0, 3, 1, 4)   # each (n, heads, T, 64)
-        x = x + self.ls1["gamma"] * self.attn["proj"](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        return x + self.ls2["gamma"] * self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
+    def forward(self, x):                            # (n, T, d)
+        qkv = self.attn["qkv"](self.norm1(x)).unflatten(2, (3, -1, 64))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)         # each (n, heads, T, 64)
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = x + self.ls1["gamma"] * self.attn["proj"](mixed)
+        h = F.gelu(self.mlp["fc1"](self.norm2(x)))
+        return x + self.ls2["gamma"] * self.mlp["fc2"](h)
 
 
-class Clip(nn.Module):
+class Clip(Network):
+    """CLIP's image encoder, through transformers."""
+
     def __init__(self, where):
         super().__init__()
+        transformers = optional("transformers", "encoder clip", "transformers")
         try:
-            from transformers import CLIPVisionModelWithProjection
-            self.net, info = CLIPVisionModelWithProjection.from_pretrained(where, output_loading_info=True)
-        except ImportError as e:
-            raise ImportError("encoder clip needs the package transformers: pip install transformers") from e
-        except Exception as e:                                        # absent, offline, damaged: many kinds
-            raise FileNotFoundError(f"encoder clip: cannot load {where} ({' '.join(str(e).split())[:160]}); put a copy of "
-                                    f"https://huggingface.co/{CLIP_NAME} into a folder and pass it (--encoder-weights PATH)") from e
-        if info["missing_keys"]:                                      # important! transformers would go on with random weights
-            raise ValueError(f"{where}: not the weights of a CLIP image encoder: {sorted(info['missing_keys'])[0]} is missing")
+            self.net, info = transformers.CLIPVisionModelWithProjection.from_pretrained(
+                where, output_loading_info=True)
+        except Exception as e:       # absent, offline, damaged: many kinds
+            raise FileNotFoundError(
+                f"encoder clip: cannot load {where} ({one_line(e, 160)}); put a copy of "
+                f"https://huggingface.co/{ENCODERS['clip'].weights} into a folder and pass it "
+                "(--encoder-weights PATH)") from e
+        if info["missing_keys"]:
+            # Important! Transformers would go on with random weights.
+            raise ValueError(f"{where}: not the weights of a CLIP image encoder: "
+                             f"{min(info['missing_keys'])} is missing")
+        self.size = self.net.config.image_size
 
     def forward(self, x):
         return self.net(pixel_values=x).image_embeds, None, None
 
 
-class Pixels(nn.Module):
-    """PCA of pixels in [0, 1]: at most 64 components, fitted in float64 on at most 20 000 images spread evenly over the set.
+class Ddae(Network):
+    """Features of a diffusion model of our own (Xiang et al. 2023, DDAE).
 
-    Images of more than 3 072 values are first averaged down to 32 x 32. The largest entry of each component is positive.
+    The middle block's tokens for slightly noised images. Every image meets the same noise, so a
+    feature depends on its image alone; the null class, so labels do not leak into it.
     """
-
-    def __init__(self, images):
-        super().__init__()
-        self.channels, self.shape = images.shape[3], images.shape[1:3]
-        rows = np.unique(np.linspace(0, len(images) - 1, min(20_000, len(images))).astype(np.int64))
-        total = second = 0
-        for part in np.array_split(rows, -(-len(rows) // 1000)):
-            x = self.flat(torch.from_numpy(np.array(images[part])).permute(0, 3, 1, 2).double() / 255)   # (b, P)
-            total, second = total + x.sum(0), second + x.T @ x
-        mean = total / len(rows)
-        _, v = torch.linalg.eigh(second / len(rows) - torch.outer(mean, mean))
-        v = v.flip(1)[:, :max(1, min(64, len(rows) - 1))]             # (P, D), by falling variance
-        self.register_buffer("mean", mean.float())
-        self.register_buffer("components", (v * v.gather(0, v.abs().argmax(0, keepdim=True)).sign()).float())
-
-    def flat(self, x):                                                # (n, C, H, W) -> (n, P)
-        return (F.interpolate(x, (32, 32), mode="area") if math.prod(x.shape[1:]) > 3072 else x).flatten(1)
-
-    def forward(self, x):
-        if x.shape[2:] != self.shape:
-            raise ValueError(f"encoder pixels was fitted on {self.shape[0]} x {self.shape[1]} images, these are {x.shape[2]} x {x.shape[3]}")
-        return (self.flat(x) - self.mean) @ self.components, None, None
-
-
-class Ddae(nn.Module):
-    """Features of a diffusion model of our own (Xiang et al. 2023, DDAE): the middle block's tokens for slightly noised images.
-
-    Every image meets the same noise, so a feature depends on its image alone; the null class, so labels do not leak into it.
-    """
-    U = 0.05                                                          # our choice time of the noised images, 0 data .. 1 noise
+    U = 0.05                                         # time of the noised images, 0 data .. 1 noise
 
     def __init__(self, state):
         super().__init__()
         from models.build import from_checkpoint
         self.net, self.process = from_checkpoint(state, ema=True)
+        self.channels = self.net.channels
+        self.size = self.net.size
         if state["args"].get("label_drop") == 0:
-            raise ValueError("the checkpoint was trained without label dropout (--label-drop 0), and the null class, with which images are encoded, means nothing to it; train with --label-drop above 0, or name another encoder")
-        self.channels, self.size = self.net.channels, self.net.size
+            raise ValueError(
+                "the checkpoint was trained without label dropout (--label-drop 0), and the null "
+                "class, with which images are encoded, means nothing to it; train with "
+                "--label-drop above 0, or name another encoder")
         if self.channels not in (1, 3):
-            raise ValueError(f"the checkpoint works on latents of {self.channels} channels; features need one that was trained on pixels")
-        self.register_buffer("eps", torch.randn(1, self.channels, self.size, self.size, generator=torch.Generator().manual_seed(0)))
+            raise ValueError(f"the checkpoint works on latents of {self.channels} channels; "
+                             "features need one that was trained on pixels")
+        g = torch.Generator().manual_seed(0)
+        eps = torch.randn(1, self.channels, self.size, self.size, generator=g)
+        self.register_buffer("eps", eps)
 
-    def forward(self, x):                                             # (n, C, H, W) in [-1, 1]
+    def forward(self, x):                            # (n, C, H, W) in [-1, 1]
         if x.shape[2:] != self.eps.shape[2:]:
-            raise ValueError(f"encoder ddae: the checkpoint draws {self.size} x {self.size} images, these are {x.shape[2]} x {x.shape[3]}")
-        u, null = torch.full((len(x),), self.U, device=x.device), torch.full((len(x),), self.net.num_classes, device=x.device)
+            raise ValueError(f"encoder ddae: the checkpoint draws {self.size} x {self.size} "
+                             f"images, these are {x.shape[2]} x {x.shape[3]}")
+        u = torch.full((len(x),), self.U, device=x.device)
+        null = torch.full((len(x),), self.net.num_classes, device=x.device)
         x = self.process.diffuse(x, u, self.eps.expand_as(x))
-        _, tokens = self.net(x, self.process.model_time(u), null, tokens_after=self.net.token_layer)   # (n, T, D)
-        return tokens.float().mean(1), tokens, None
+        t = self.process.model_time(u)
+        _, v = self.net(x, t, null, tokens_after=self.net.token_layer)     # (n, T, D)
+        return v.float().mean(1), v, None
+
+
+class Pixels(Network):
+    """PCA of pixels in [0, 1]: at most 64 components, fitted in float64.
+
+    On at most 20 000 images, spread evenly over the set. Images of more than 3 072 values are first
+    averaged down to 32 x 32. The largest entry of each component is positive.
+    """
+
+    def __init__(self, images):
+        super().__init__()
+        self.channels = images.shape[3]
+        self.shape = images.shape[1:3]
+        n = min(20_000, len(images))
+        rows = np.unique(np.linspace(0, len(images) - 1, n).astype(np.int64))
+        total = 0
+        second = 0
+        for part in np.array_split(rows, math.ceil(len(rows) / 1000)):
+            x = torch.from_numpy(np.array(images[part])).permute(0, 3, 1, 2)
+            x = self.flat(x.double() / 255)          # (b, P)
+            total = total + x.sum(0)                 # (P,)
+            second = second + x.T @ x                # (P, P)
+        mean = total / len(rows)
+        cov = second / len(rows) - torch.outer(mean, mean)
+        _, v = torch.linalg.eigh(cov)
+        # By falling variance; n images span n - 1 directions.
+        v = v.flip(1)[:, :max(1, min(64, len(rows) - 1))]                  # (P, D)
+        largest = v.gather(0, v.abs().argmax(0, keepdim=True))             # (1, D)
+        self.register_buffer("mean", mean.float())
+        self.register_buffer("components", (v * largest.sign()).float())
+
+    def flat(self, x):                               # (n, C, H, W) -> (n, P)
+        if math.prod(x.shape[1:]) > 3072:
+            x = F.interpolate(x, (32, 32), mode="area")
+        return x.flatten(1)
+
+    def forward(self, x):
+        if x.shape[2:] != self.shape:
+            raise ValueError(f"encoder pixels was fitted on {self.shape[0]} x {self.shape[1]} "
+                             f"images, these are {x.shape[2]} x {x.shape[3]}")
+        return (self.flat(x) - self.mean) @ self.components, None, None
+
+
+# ---------------------------------------------------------------------------- the table
+NORMS = {
+    "[-1,1]": ((0.5,), (0.5,)),
+    "[0,1]": ((0.0,), (1.0,)),
+    "ImageNet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "CLIP": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+    "data set": ((0.0,), (1.0,)),                    # the network does it
+}
+# What `build` of a row is called with.
+SOURCES = {
+    "file": "a dict of tensors",
+    "hub": "a folder or a name of the Hugging Face hub",
+    "checkpoint": "a checkpoint of train.py",
+    "labels": "a network trained on labels",
+    "images": "the data set's images",
+}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A row of ENCODERS: what the kit knows of an encoder before it is loaded."""
+    build: object            # makes the Network
+    source: str              # from what: a key of SOURCES
+    what: str                # what it is, in a few words
+    needs: str               # what to install, or what to make first
+    width: object            # of the pooled vector; a text where data or checkpoint decide
+    norm: str                # key of NORMS
+    size: int = None         # the side that images are resized to; None: they have the right one
+    filter: str = "bicubic"                          # of that resizing
+    antialias: bool = False
+    tokens: str = None       # "T x d", or None where there are no patch tokens
+    logits: bool = False     # whether it tells classes apart
+    is_fid: bool = False     # whether a Frechet distance in its space is called FID
+    weights: str = None      # the usual ones: an address, or a name of the hub
+
+    @property
+    def needs_checkpoint(self):
+        return self.source == "checkpoint"
+
+    @property
+    def needs_labels(self):
+        return self.source == "labels"
+
+
+def dinov2_row(name, width, download):
+    return Spec(
+        build=Dinov2, source="file", width=width, norm="ImageNet", size=224,
+        tokens=f"256 x {width}", what="facebookresearch/dinov2, normalised class token",
+        needs=f"{download} download or .pth",
+        weights=f"https://dl.fbaipublicfiles.com/dinov2/{name}/{name}_pretrain.pth")
+
+
+# Resizing is bilinear in pytorch-fid, bicubic in REPA, both without antialiasing; CLIP's has it.
+ENCODERS = {
+    "inception": Spec(
+        build=Inception, source="file", width=2048, norm="[-1,1]", size=299, filter="bilinear",
+        logits=True, is_fid=True, what="pytorch-fid's InceptionV3 with the FID weights, pool3",
+        needs="92 MB download or .pth; pytorch-fid",
+        weights="https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+                "pt_inception-2015-12-05-6726825d.pth"),
+    "resnet18": Spec(
+        build=ResNet18, source="file", width=512, norm="ImageNet", size=224, tokens="196 x 768",
+        what="torchvision IMAGENET1K_V1; tokens: layer3 beside layer4",
+        needs="45 MB download or .pth",
+        weights="https://download.pytorch.org/models/resnet18-f37072fd.pth"),
+    "dinov2_vits14": dinov2_row("dinov2_vits14", 384, "84 MB"),
+    "dinov2_vitb14": dinov2_row("dinov2_vitb14", 768, "330 MB"),
+    "dinov2_vitl14": dinov2_row("dinov2_vitl14", 1024, "1.2 GB"),
+    "clip": Spec(
+        build=Clip, source="hub", width=512, norm="CLIP", size=224, antialias=True,
+        what="openai/clip-vit-base-patch32, image embedding",
+        needs="pip install transformers; download or folder",
+        weights="openai/clip-vit-base-patch32"),
+    "ddae": Spec(
+        build=Ddae, source="checkpoint", width="model's", norm="[-1,1]", tokens="model's",
+        what="middle block of a diffusion model at time 0.05",
+        needs="checkpoint of train.py (pixels)"),
+    "scratch": Spec(
+        build=Scratch.restore, source="labels", width="32 to 256", norm="data set", tokens="<= 64",
+        logits=True, what="small ResNet trained on the data set's labels",
+        needs="nothing; at least two classes"),
+    "pixels": Spec(
+        build=Pixels, source="images", width="<= 64", norm="[0,1]", what="PCA of the pixels",
+        needs="nothing"),
+}
+
+
+def describe():
+    """The table of encoders as aligned text, for --help."""
+    rows = [("encoder", "input", "normalised", "width", "tokens", "what it is", "needs")]
+    for name, spec in ENCODERS.items():
+        rows.append((name, str(spec.size or "own"), spec.norm, str(spec.width), spec.tokens or "-",
+                     spec.what, spec.needs))
+    wide = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, wide)) for row in rows]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+# ---------------------------------------------------------------------------- one face for all
+class Encoder:
+    """A frozen network: x is uint8 (n, H, W, C) on `device`, C 1 or 3; answers are float32.
+
+    name, width (of pooled), token_width (or None), identity: name and a hash of the weights, i.e.
+    what a figure or a cache was made with.
+    """
+
+    def __init__(self, name, net, spec, device, probe):
+        self.name = name
+        self.spec = spec
+        self.device = torch.device(device)
+        self.net = net.to(device).eval().requires_grad_(False)
+        self.identity = f"{name}:{digest(net)}"
+        # Images that do not fit are refused here, before any work.
+        z, tokens, _ = self._run(torch.from_numpy(np.array(probe)).to(device))
+        self.width = z.shape[1]
+        self.token_width = None if tokens is None else tokens.shape[2]
+
+    def pooled(self, x):
+        return self._run(x)[0].float()               # (n, D)
+
+    def tokens(self, x):
+        return self._had(self._run(x)[1], "tokens", "patch tokens")        # (n, T, d)
+
+    def logits(self, x):
+        return self._had(self._run(x)[2], "logits", "class logits")        # (n, K)
+
+    def _had(self, values, column, what):
+        if values is None:
+            able = [name for name, spec in ENCODERS.items() if getattr(spec, column)]
+            raise ValueError(f"encoder {self.name} has no {what}; use {', '.join(able)}")
+        return values.float()
+
+    @torch.no_grad()
+    def _run(self, x):
+        """What the network says of x, resized and normalised; nothing is flipped or cropped."""
+        x = x.permute(0, 3, 1, 2).float() / 255      # (n, C, H, W)
+        channels = self.net.channels
+        if x.shape[1] == 1:
+            x = x.expand(-1, channels, -1, -1)
+        if x.shape[1] != channels:
+            raise ValueError(f"encoder {self.name} was made for {channels} colour channels, the "
+                             f"images have {x.shape[1]}; use another encoder or weights")
+        norm = torch.tensor(NORMS[self.spec.norm], device=x.device)        # (2, C) or (2, 1)
+        mean, std = norm[:, :, None, None]
+        # Float32 means float32: no autocast, and no TF32, which cuDNN takes by default.
+        with (torch.autocast(self.device.type, enabled=False),
+              torch.backends.cudnn.flags(enabled=True, allow_tf32=False)):
+            if self.spec.size:
+                side = self.net.size or self.spec.size
+                x = F.interpolate(x, (side, side), mode=self.spec.filter,
+                                  antialias=self.spec.antialias)
+            return self.net((x - mean) / std)
+
+
+def digest(net):
+    """16 hex digits for the weights of a network."""
+    h = hashlib.sha256()
+    for key, value in sorted(net.state_dict().items()):
+        h.update(f"{key}{tuple(value.shape)}".encode())
+        h.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return h.hexdigest()[:16]
+
+
+def extract(encoder, images, batch_size=256, kind="pooled", out=None, rows=None, flip=False,
+            bar=None):
+    """Features of images[rows] (of all without rows): row j of the answer belongs to rows[j].
+
+    kind: pooled, tokens or logits. out: an array or memory map of len(rows) rows to write into
+    (float16 will do), else a new float32 one. flip: of the mirrored images. bar: has update(n).
+    """
+    rows = np.arange(len(images)) if rows is None else np.asarray(rows)
+    for lo in range(0, len(rows), batch_size):
+        part = rows[lo:lo + batch_size]
+        x = torch.from_numpy(np.array(images[part])).to(encoder.device)    # (b, H, W, C)
+        if flip:
+            x = x.flip(2)
+        z = getattr(encoder, kind)(x).cpu().numpy()
+        if out is None:
+            out = np.empty((len(rows), *z.shape[1:]), np.float32)
+        # What float16 cannot hold becomes infinite, which is refused next.
+        with np.errstate(over="ignore"):
+            out[lo:lo + len(part)] = z
+        if not np.isfinite(out[lo:lo + len(part)]).all():
+            raise ValueError(f"encoder {encoder.name} gave NaN, infinity or more than {out.dtype} "
+                             f"holds among images {part[0]}..{part[-1]}; its weights are damaged")
+        if bar is not None:
+            bar.update(len(part))
+    return out
+
+
+# ---------------------------------------------------------------------------- loading
+def load(name, device, weights=None, images=None):
+    """The encoder `name`, ready to use.
+
+    weights: a local file (for clip a folder or a name of its hub), else the usual download. images:
+    uint8 (N, H, W, C), what pixels is fitted on and what every other network is tried on.
+    """
+    if name not in ENCODERS:
+        raise ValueError(f"unknown encoder {name!r}; choose one of {', '.join(ENCODERS)}")
+    spec = ENCODERS[name]
+    if spec.source == "images":
+        if images is None or weights is not None:
+            raise ValueError(f"encoder {name} is fitted on the data set's images and takes no "
+                             "weights file; give none")
+        net = spec.build(images)
+    elif spec.source == "hub":
+        net = spec.build(weights or spec.weights)
+    else:
+        state = read_state(name, spec, weights)
+        try:
+            net = spec.build(state)
+        except (ValueError, RuntimeError, LookupError, AttributeError, TypeError) as e:
+            # This is what the dict of another network leads to.
+            raise ValueError(f"{weights or spec.weights}: not usable as weights of encoder {name}: "
+                             f"{one_line(e, 200)}; use others") from e
+    if not all(value.isfinite().all() for value in net.state_dict().values()):
+        raise ValueError(f"{weights or spec.weights or name}: weights of encoder {name} that hold "
+                         "NaN or infinity; use others")
+    if images is None:
+        side = net.size or spec.size
+        images = np.zeros((1, side, side, net.channels), np.uint8)
+    return Encoder(name, net, spec, device, images[:1])
+
+
+def read_state(name, spec, weights):
+    """The dict of tensors in the file `weights`, else in the download, which torch.hub keeps."""
+    if weights is None and spec.weights is None:
+        raise ValueError(f"encoder {name} reads {SOURCES[spec.source]}: pass the file "
+                         "(--encoder-weights PATH)")
+    url = spec.weights
+    if weights is not None:
+        path = Path(weights)
+        if not path.is_file():
+            official = f" (official file: {url})" if url else ""
+            raise FileNotFoundError(f"{path}: no such file; encoder {name} expects its weights "
+                                    f"there{official}")
+    else:
+        path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
+    try:
+        if weights is not None:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        else:
+            # The hash is checked where the file's name carries one.
+            state = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True,
+                                                       check_hash=True)
+    except Exception as e:           # no network, a damaged file: many kinds
+        if path.is_file():
+            raise ValueError(f"{path}: not readable as weights of encoder {name} "
+                             f"({one_line(e, 120)}); the file is damaged, or holds pickled code, "
+                             "which is never run") from e
+        raise FileNotFoundError(
+            f"encoder {name}: its weights are not on this machine and could not be downloaded "
+            f"({one_line(e)}); put {url} at {path}, or anywhere and pass it "
+            "(--encoder-weights PATH)") from e
+    if not isinstance(state, dict):
+        raise ValueError(f"{path}: holds a {type(state).__name__}, but weights of encoder {name} "
+                         "must be a dict of tensors")
+    return state
+
+
+def optional(module, who, package):
+    """A module that only one encoder needs."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as e:
+        raise ImportError(f"{who} needs the package {package}: pip install {package}") from e
+
+
+def one_line(error, length=None):
+    return " ".join(str(error).split())[:length]

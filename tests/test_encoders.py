@@ -1,6 +1,9 @@
 """Encoders: the real loading code on small random models in the real file formats, each against an independent forward."""
+import dataclasses
 import hashlib
 import math
+import subprocess
+import sys
 import urllib.error
 
 import numpy as np
@@ -9,9 +12,10 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
+from conftest import ROOT
 from models import encoders, scratch
 
-URL_FID = encoders.URLS["inception"]
+URL_FID = encoders.ENCODERS["inception"].weights
 
 
 def pictures(n, size, channels, seed=0):
@@ -51,6 +55,57 @@ def test_describe_names_every_encoder():
     assert lines[0].index("what it is") == lines[1].index("pytorch-fid's") and "2048" in lines[1] and "256 x 768" in encoders.describe()
 
 
+def test_import_loads_neither_heavy_libraries_nor_machinery():
+    """pytorch_fid and the like are opened by the encoder that needs them; a process must not pay seconds for the others."""
+    heavy = "torchvision matplotlib pytorch_fid diffusers transformers common fcntl"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import torch; before = set(sys.modules); import models.encoders, models.vae\n" \
+           f"print([m for m in '{heavy}'.split() if m in sys.modules and m not in before])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+class Brightness(encoders.Network):
+    """A network of one weight."""
+    channels = 1
+
+    def __init__(self, state):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.zeros(()))
+        self.load_state_dict(state)
+
+    def forward(self, x):
+        return self.scale * x.flatten(1).mean(1, keepdim=True), x.flatten(2).transpose(1, 2), None
+
+
+def test_a_new_encoder_is_one_row(tmp_path, monkeypatch):
+    row = encoders.Spec(build=Brightness, source="file", what="mean", needs="nothing", width=1, norm="[-1,1]", size=2, filter="bilinear", tokens="4 x 1")
+    monkeypatch.setitem(encoders.ENCODERS, "brightness", row)
+    torch.save({"scale": torch.tensor(3.0)}, tmp_path / "b.pt")
+    x = pictures(5, 4, 1)
+    enc = encoders.load("brightness", "cpu", weights=tmp_path / "b.pt", images=x)
+    assert (enc.width, enc.token_width) == (1, 1) and enc.identity.startswith("brightness:")
+    half = torch.from_numpy(x).float().permute(0, 3, 1, 2) / 127.5 - 1
+    assert rel(encoders.extract(enc, x), 3 * half.reshape(5, 16).mean(1, keepdim=True)) < 1e-5
+    assert encoders.extract(enc, x, kind="tokens").shape == (5, 4, 1)
+    assert encoders.load("brightness", "cpu", weights=tmp_path / "b.pt").identity == enc.identity
+    assert "brightness" in encoders.describe()
+    with pytest.raises(ValueError, match="brightness has no class logits; use inception, scratch"):
+        enc.logits(torch.from_numpy(x))
+    with pytest.raises(ValueError, match="inception, .*brightness"):
+        encoders.load("vgg", "cpu")
+    with pytest.raises(ValueError, match="encoder brightness reads a dict of tensors: pass the file"):
+        encoders.load("brightness", "cpu")
+
+
+def test_rows_answer_what_the_stages_ask():
+    rows = encoders.ENCODERS
+    assert [name for name, spec in rows.items() if spec.needs_checkpoint] == ["ddae"]
+    assert [name for name, spec in rows.items() if spec.needs_labels] == ["scratch"]
+    assert [name for name, spec in rows.items() if spec.is_fid] == ["inception"]
+    assert [name for name, spec in rows.items() if spec.logits] == ["inception", "scratch"]
+    assert [name for name, spec in rows.items() if spec.size is None] == ["ddae", "scratch", "pixels"]
+    assert all(spec.source in encoders.SOURCES and spec.norm in encoders.NORMS for spec in rows.values())
+
+
 # ---------------------------------------------------------------------------------------------- inception, resnet18
 @pytest.fixture(scope="module")
 def inception(tmp_path_factory):
@@ -87,7 +142,7 @@ def test_inception_equals_pytorch_fid(inception):
     assert z.shape == (2, 2048) and z.dtype == torch.float32 and enc.width == 2048 and enc.token_width is None
     assert float(ref.std()) > 0.05 and rel(z, ref) < 1e-6
     assert rel(enc.logits(torch.from_numpy(x)), logits) < 1e-5
-    with pytest.raises(ValueError, match="inception has no patch tokens; use dinov2"):
+    with pytest.raises(ValueError, match="inception has no patch tokens; use .*dinov2"):
         enc.tokens(torch.from_numpy(x))
 
 
@@ -211,12 +266,12 @@ def test_offline_says_which_file_goes_where(name, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     with pytest.raises(FileNotFoundError) as e:
         encoders.load(name, "cpu")
-    text, url = str(e.value), encoders.URLS[name]
+    text, url = str(e.value), encoders.ENCODERS[name].weights
     assert "\n" not in text and url in text and str(tmp_path / "checkpoints" / url.rsplit("/", 1)[1]) in text and "--encoder-weights" in text
 
 
 def test_dinov2_urls_are_the_official_ones():
-    assert encoders.URLS["dinov2_vitb14"] == "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitb14/dinov2_vitb14_pretrain.pth"
+    assert encoders.ENCODERS["dinov2_vitb14"].weights == "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitb14/dinov2_vitb14_pretrain.pth"
     from pytorch_fid.inception import FID_WEIGHTS_URL
     assert URL_FID == FID_WEIGHTS_URL
 
@@ -225,7 +280,7 @@ def test_downloaded_state_is_used(tmp_path, monkeypatch):
     state, asked = dino_state(64, 1), []
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda url, **kw: asked.append((url, kw["weights_only"])) or state)
     enc = encoders.load("dinov2_vits14", "cpu")
-    assert asked == [(encoders.URLS["dinov2_vits14"], True)] and enc.width == 64
+    assert asked == [(encoders.ENCODERS["dinov2_vits14"].weights, True)] and enc.width == 64
 
 
 def test_a_download_that_is_not_what_its_name_promises_is_refused(tmp_path, monkeypatch):
@@ -234,13 +289,18 @@ def test_a_download_that_is_not_what_its_name_promises_is_refused(tmp_path, monk
     good = hashlib.sha256((tmp_path / "resnet18-00000000.pth").read_bytes()).hexdigest()[:8]
     (tmp_path / f"resnet18-{good}.pth").write_bytes((tmp_path / "resnet18-00000000.pth").read_bytes())
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    monkeypatch.setitem(encoders.URLS, "resnet18", (tmp_path / "resnet18-00000000.pth").as_uri())
+
+    def published_as(file):
+        row = dataclasses.replace(encoders.ENCODERS["resnet18"], weights=(tmp_path / file).as_uri())
+        monkeypatch.setitem(encoders.ENCODERS, "resnet18", row)
+    published_as("resnet18-00000000.pth")
     with pytest.raises(FileNotFoundError, match="invalid hash value"):
         encoders.load("resnet18", "cpu")
     assert not list(tmp_path.glob("hub/checkpoints/*"))
-    monkeypatch.setitem(encoders.URLS, "resnet18", (tmp_path / f"resnet18-{good}.pth").as_uri())
+    published_as(f"resnet18-{good}.pth")
     assert encoders.load("resnet18", "cpu").width == 512
-    assert {name for name, url in encoders.URLS.items() if torch.hub.HASH_REGEX.search(url.rsplit("/", 1)[1])} == {"inception", "resnet18"}
+    urls = {name: spec.weights for name, spec in encoders.ENCODERS.items() if spec.source == "file"}
+    assert {name for name, url in urls.items() if torch.hub.HASH_REGEX.search(url.rsplit("/", 1)[1])} == {"inception", "resnet18"}
 
 
 def test_bad_files_are_refused_in_one_line(tmp_path):
