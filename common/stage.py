@@ -91,6 +91,7 @@ class Stage:
     outputs  names that must stand for the stage to be done; ready() has the last word on that
     load     called where the stage is not done, before anything is removed or written: for what
              takes long to load, and may be refused
+    late     the block itself calls begin(), once it has made what takes the place of the old
     stale    patterns that a call which begins anew removes: what another call left must not pass
              for its own
     scraps   patterns that only a resume needs: finish() removes them
@@ -101,13 +102,14 @@ class Stage:
     """
 
     def __init__(self, script, args, inputs=(), outputs=(), free=(), stale=(), scraps=(), parts=(),
-                 ready=None, load=None):
+                 ready=None, load=None, late=False):
         self.script = script
         self.out = Path(args.out)
         self.file = self.out / f"{script}.args.json"
         self.outputs = outputs
         self.ready = ready or (lambda: True)
         self.load = load or (lambda: None)
+        self.late = late
         self.overwrite = getattr(args, "overwrite", False)
         self.inputs = dict(inputs)
         unbound = {"out", "overwrite", "device", *free}
@@ -130,14 +132,12 @@ class Stage:
             if self.done:
                 log(f"{self.script}.py: {self.out} is complete and was made with these arguments; "
                     "nothing to do (--overwrite makes it again)")
-            else:
-                self.load()
-            if rank() == 0:
-                if self.done:
+                if rank() == 0:
                     self._remove(self.scraps)
-                else:
-                    self._begin()
-            barrier()
+                barrier()
+            elif not self.late:
+                self.load()
+                self.begin()
         except BaseException:
             self.__exit__(*sys.exc_info())
             raise
@@ -191,13 +191,16 @@ class Stage:
         done = old["seconds"] is not None and standing and self.ready()
         return done, True, old.get("spent", 0.0)
 
-    def _begin(self):
-        sweep(self.out)
-        if not self.resuming:
-            # The record goes first: killed from here on, what is left no longer counts as ours.
-            self.file.unlink(missing_ok=True)
-            self._remove(self.stale)
-        self._write(None)
+    def begin(self):
+        """What another call left goes, and the record of this one stands."""
+        if rank() == 0:
+            sweep(self.out)
+            if not self.resuming:
+                # The record goes first: killed from here on, what is left no longer counts as ours.
+                self.file.unlink(missing_ok=True)
+                self._remove(self.stale)
+            self._write(None)
+        barrier()
 
     def _write(self, seconds, **extra):
         record = {**self.record, "seconds": seconds, "spent": self.spent(), **extra}
