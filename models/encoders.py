@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from einops import rearrange
 
 from models.scratch import Scratch
 
@@ -81,7 +82,7 @@ class ResNet18(Network):
         high = net.layer4(low)                       # (n, 512, 7, 7)
         # Each cell of the small map belongs to 2 x 2 tokens.
         v = torch.cat([low, F.interpolate(high, low.shape[2:])], 1)
-        return high.mean((2, 3)), v.flatten(2).transpose(1, 2), None
+        return high.mean((2, 3)), rearrange(v, "n c h w -> n (h w) c"), None
 
 
 class Dinov2(Network):
@@ -114,16 +115,18 @@ class Dinov2(Network):
         side = math.isqrt(self.pos_embed.shape[1] - 1)
         if (h, w) == (side, side):
             return self.pos_embed
-        grid = self.pos_embed[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
+        first = self.pos_embed[:, :1]                # of the class token
+        grid = rearrange(self.pos_embed[:, 1:], "1 (h w) d -> 1 d h w", h=side)
         scale = ((h + 0.1) / side, (w + 0.1) / side)
-        grid = F.interpolate(grid, scale_factor=scale, mode="bicubic")     # (1, d, h, w)
-        return torch.cat([self.pos_embed[:, :1], grid.flatten(2).transpose(1, 2)], 1)
+        grid = F.interpolate(grid, scale_factor=scale, mode="bicubic")
+        return torch.cat([first, rearrange(grid, "1 d h w -> 1 (h w) d")], 1)
 
     def forward(self, x):                            # (n, 3, 224, 224)
         x = self.patch_embed["proj"](x)              # (n, d, 16, 16)
-        positions = self.positions(*x.shape[2:])
+        positions = self.positions(*x.shape[2:])     # (1, 1 + 256, d)
         first = self.cls_token.expand(len(x), -1, -1)
-        x = torch.cat([first, x.flatten(2).transpose(1, 2)], 1) + positions
+        x = torch.cat([first, rearrange(x, "n d h w -> n (h w) d")], 1)
+        x = x + positions
         for block in self.blocks:
             x = block(x)
         x = self.norm(x)                             # (n, 1 + 256, d)
@@ -143,9 +146,10 @@ class DinoBlock(nn.Module):
         self.ls2 = nn.ParameterDict({"gamma": nn.Parameter(torch.ones(d))})
 
     def forward(self, x):                            # (n, T, d)
-        qkv = self.attn["qkv"](self.norm1(x)).unflatten(2, (3, -1, 64))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)         # each (n, heads, T, 64)
-        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        qkv = self.attn["qkv"](self.norm1(x))
+        q, k, v = rearrange(qkv, "n t (three heads c) -> three n heads t c", three=3, c=64)
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        mixed = rearrange(mixed, "n heads t c -> n t (heads c)")
         x = x + self.ls1["gamma"] * self.attn["proj"](mixed)
         h = F.gelu(self.mlp["fc1"](self.norm2(x)))
         return x + self.ls2["gamma"] * self.mlp["fc2"](h)

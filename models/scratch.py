@@ -42,8 +42,8 @@ class Scratch(nn.Module):
     @classmethod
     def restore(cls, state):
         """The network in what train_scratch returned."""
-        settings = state["settings"]
-        net = cls(*(int(settings[key]) for key in ("channels", "size", "num_classes")))
+        s = state["settings"]
+        net = cls(int(s["channels"]), int(s["size"]), int(s["num_classes"]))
         net.load_state_dict(state["model"])
         return net
 
@@ -56,13 +56,15 @@ class Scratch(nn.Module):
 
     def body(self, x):
         """(pooled (n, D), tokens (n, h w, D), logits (n, K)); CIFAR has 8 x 8 tokens."""
-        x = (x - self.mean.view(-1, 1, 1)) / self.std.view(-1, 1, 1)
-        x = self.stem(x)
+        mean = self.mean.view(-1, 1, 1)
+        std = self.std.view(-1, 1, 1)
+        x = self.stem((x - mean) / std)
         for stage in self.stages:
             x = stage["down"](x)
             x = x + stage["res"](x)
         z = x.mean((2, 3))                           # (n, D)
-        return z, x.flatten(2).transpose(1, 2), self.head(z)
+        tokens = x.flatten(2).transpose(1, 2)
+        return z, tokens, self.head(z)
 
 
 def conv(w, w_next, stride=1):
@@ -138,7 +140,7 @@ def train_scratch(images, labels, num_classes, device, seed=0, epochs=None, test
             optimizer.step()
             schedule.step()
 
-    model = {key: value.detach().cpu().clone() for key, value in net.state_dict().items()}
+    model = {key: value.cpu().clone() for key, value in net.state_dict().items()}
     settings = {"channels": channels, "size": size, "num_classes": num_classes, "epochs": epochs,
                 "batch": batch}
     state = {"model": model, "accuracy": None, "seed": seed, "settings": settings}
