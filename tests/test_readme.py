@@ -1,5 +1,6 @@
 """README.md and docs/ keep their word: examples run and give what plain loops give, commands parse,
 links and pictures resolve, and the names in the equation map exist where it says."""
+import functools
 import importlib
 import inspect
 import math
@@ -215,6 +216,7 @@ def test_the_text_takes_the_place_of_a_label_embedder():
 
 
 # --------------------------------------------------------------------- lifting.md: what it drags in
+@functools.cache
 def loaded_by(statement):
     """(lines of this project's files, machinery) that a fresh Python loads for `statement`.
 
