@@ -15,9 +15,9 @@ import torch
 import torchvision
 from PIL import Image
 
-import prune
+import common
+from common import plan, run_all
 from conftest import copy_kit
-from models import encoders
 from models.sit import SiT
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,7 +30,7 @@ def copy(tmp_path_factory):
     return copy_kit(tmp_path_factory.mktemp("kit") / "lean diffusion")
 
 
-def run_all(there, *args, **sizes):
+def run_all_sh(there, *args, **sizes):
     """(exit code, all output); python3 is the interpreter of these tests."""
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", **sizes}
     env.pop("PYTHONPATH")
@@ -40,58 +40,99 @@ def run_all(there, *args, **sizes):
 
 def test_unknown_input_is_one_line(copy):
     assert subprocess.run(["bash", "-n", copy / "run_all.sh"]).returncode == 0                          # all of it parses
-    code, out = run_all(copy, "no_such_folder")
+    code, out = run_all_sh(copy, "no_such_folder")
     assert code == 2 and "no_such_folder" in out and len(out.strip().splitlines()) == 1 and not (copy / "runs").exists()
+
+
+def checked(what, source, **env):
+    """The comparison of these choices, looked at as run_all.sh has it looked at before it makes anything."""
+    choices = plan.choices_of(what, env)
+    plan.check_choices(what, choices)
+    comparison = plan.Comparison(what, source, choices)
+    run_all.check_commands(comparison)
+    return comparison
 
 
 @pytest.mark.parametrize("sizes, args, says", [
     ({"SEEDS": "0 1 0"}, [], "names something twice"), ({"RUNS": "full randm"}, [], "randm is none of full"), ({"JUDGE_WEIGHTS": "no/such.pth"}, [], "no/such.pth"),
     ({"QUICK": "1", "SCORER": "run_all.sh", "REFERENCE": "run_all.sh"}, ["imagenet", "models"], "QUICK"), ({"SCORER": ""}, ["imagenet", "models"], "SCORER"),
-    *(({name: value}, [], f"{name}={value}: must be") for name, values in (("STEPS", "abc 0 -5 1.5 1e3 1e30"), ("NUM_SAMPLES", "-5 0"), ("PER_CLASS", "none"), ("NPROC", "0 two"),
-      ("KEEP", "7 0 0.0 -0.1 1.5 nan 10% 5e-0 50e-1"), ("SEEDS", "a -1 00"), ("REPORT", "ful"), ("TRAJECTORY", "0 every"), ("PROCESS", "sde"), ("SIZE", "8x8")) for value in values.split()),
-    ({"SCORE": "gaussian gausian"}, [], "gausian is none of"), ({"SURROGATE": "incepton"}, [], "SURROGATE: incepton"), ({"VISUAL": "dino"}, [], "VISUAL: dino"), ({"VISUAL": "inception"}, [], "VISUAL: inception"),
-    ({"JUDGE": "fid"}, [], "JUDGE: fid"), ({"SIZE": "16"}, [], "SIZE=16 does nothing with digits"), ({"QUICK": "yes"}, [], "QUICK=yes: must be"),
+    *(({name: value}, [], f"{flag}: {value}" if flag else f"{name}={value}: must be") for name, flag, values in (
+        ("STEPS", "train.py: argument --steps", "abc -5 1.5 1e3 1e30"), ("NUM_SAMPLES", "sample.py: argument --num", "-5 0"),
+        ("PER_CLASS", "prune.py: argument --per-class", "none"), ("NPROC", "", "0 two"), ("KEEP", "prune.py: argument --keep", "7 0 0.0 -0.1 1.5 nan 10% 5e-0 50e-1"),
+        ("SEEDS", "train.py: argument --seed", "a -1"), ("REPORT", "", "ful"), ("TRAJECTORY", "evaluate.py: argument --trajectory-num", "0 every"),
+        ("PROCESS", "train.py: argument --process", "sde"), ("QUICK", "", "yes")) for value in values.split()),
+    ({"STEPS": "0"}, [], "STEPS=0: must be"), ({"SEEDS": "00"}, [], "SEEDS=00: must be"), ({"SIZE": "8x8"}, ["cifar10", "cifar10"], "data.py: argument --size: 8x8"),
+    ({"SCORE": "gaussian gausian"}, [], "gausian"), ({"SURROGATE": "incepton"}, [], "incepton"), ({"VISUAL": "dino"}, [], "dino"), ({"VISUAL": "inception"}, [], "inception"),
+    ({"JUDGE": "fid"}, [], "fid"), ({"SIZE": "16"}, [], "SIZE=16 does nothing with digits"),
     ({"JUDGE": "ddae scratch"}, [], "ddae needs JUDGE_WEIGHTS"),
     ({"JUDGE": "scratch ddae", "JUDGE_WEIGHTS": "run_all.sh"}, [], "name ddae first")])
-def test_bad_choices_are_one_line_before_anything_is_made(sizes, args, says, copy):
-    code, out = run_all(copy, *args, **sizes)
-    assert code == 2 and says in out and len(out.strip().splitlines()) == 1 and not (copy / "runs").exists()
+def test_bad_choices_are_refused_before_anything_is_made(sizes, args, says):
+    with pytest.raises(common.UserError) as e:
+        checked(*(args or ["digits", "digits"]), **{**sizes, **{k: str(ROOT / v) for k, v in sizes.items() if v == "run_all.sh"}})
+    assert says in str(e.value).replace("'", ""), e.value
 
 
-def test_the_choices_are_those_of_the_scripts():
-    text = (ROOT / "run_all.sh").read_text()
-    tokens = [name for name, spec in encoders.ENCODERS.items() if spec.tokens]
-    for name, words in (("scores", prune.SCORES), ("encoders", encoders.ENCODERS), ("visuals", tokens)):
-        assert f'{name}="{" ".join(words)}"' in text
+def test_a_bad_choice_is_one_line_of_the_shell(copy):
+    code, out = run_all_sh(copy, KEEP="7")
+    assert code == 2 and out.startswith("run_all.sh: error: prune.py: argument --keep: 7 is out of range") and len(out.strip().splitlines()) == 1
+    assert not (copy / "runs").exists() and not (copy / "data/digits").exists()
 
 
-STUB = """#!/usr/bin/env bash
-[ "$1" != -c ] || exit 0                                              # the questions that run_all.sh asks first
-[ "$1" != - ] || exit 0                                               # the watcher
-echo "$@" >>calls.txt
-while [ $# -gt 1 ]; do [ "$1" != --out ] || out=$2; shift; done
-mkdir -p "${out:-.}"
-for c in $CLASSES; do echo $c; done >"${out:-.}/classes.txt"
-[ -z "${SLOW:-}" ] || { trap 'echo saved >>calls.txt; exit 143' TERM; sleep 30 & wait $!; }
+@pytest.mark.parametrize("what, env", [("digits", {}), ("digits", {"REPORT": "full", "SEEDS": "0 1", "SCORE": "gaussian el2n random kcenter"}), ("cifar10", {}), ("cifar10", {"QUICK": "1"}),
+                                       ("folder", {"NPROC": "4", "RUNS": "d2c-select"}), ("imagenet", {"SCORER": "run_all.sh", "REFERENCE": "run_all.sh"})])
+def test_good_choices_pass_the_scripts_own_parsers(what, env):
+    env = {**env, **{k: str(ROOT / v) for k, v in env.items() if v == "run_all.sh"}}
+    comparison = checked(what, "/some/photos" if what == "folder" else what, **env)
+    assert comparison.runs and all(Path(ROOT, c.script).is_file() for c in comparison.commands)
+
+
+STAGE = """import os, signal, sys, time
+from types import SimpleNamespace
+RUNS = "full random random-attach pruned pruned-dro pruned-dro-resample d2c-select d2c-select-attach".split()
+SCORES = {name: SimpleNamespace(needs="features") for name in ("gaussian", "moderate")}
+def parse_args(flags):
+    return flags
+if __name__ == "__main__":
+    call = " ".join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
+    if os.environ.get("REFUSE", "no such flag") in call:
+        sys.exit(2)
+    with open("calls.txt", "a") as f:
+        f.write(call + "\\n")
+    out = sys.argv[sys.argv.index("--out") + 1] if "--out" in sys.argv else "."
+    os.makedirs(out, exist_ok=True)
+    with open(f"{out}/classes.txt", "w") as f:
+        f.write("".join(c + "\\n" for c in os.environ["CLASSES"].split()))
+    if os.environ.get("SLOW"):
+        def saved(*_):
+            with open("calls.txt", "a") as f:
+                f.write("saved\\n")
+            sys.exit(143)
+        signal.signal(signal.SIGTERM, saved)
+        time.sleep(30)
+    if call.startswith(os.environ.get("FAIL", "no such script")):
+        sys.exit(7)
 """
 
 
 @pytest.fixture
 def stub(copy, tmp_path):
-    """run_all.sh with a python3 that only writes down what it was asked for: (folder, environment)."""
+    """run_all.sh with stages that only write down what they were asked for: (folder, environment)."""
     there = tmp_path / "kit"
     there.mkdir()
     shutil.copy(copy / "run_all.sh", there)
-    (there / "bin").mkdir()
-    (there / "bin/python3").write_text(STUB)
-    (there / "bin/python3").chmod(0o755)
-    return there, {**os.environ, "PATH": f"{there / 'bin'}{os.pathsep}{os.environ['PATH']}", "CLASSES": "cat dog"}
+    shutil.copytree(copy / "common", there / "common")
+    for script in "data prune reweight attach train sample evaluate report".split():
+        (there / f"{script}.py").write_text(STAGE)
+    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "CLASSES": "cat dog"}
+    env.pop("PYTHONPATH")
+    return there, env
 
 
 def calls(stub, *args, **sizes):
     there, env = stub
     p = subprocess.run(["bash", "run_all.sh", *args], cwd=there, env=env | sizes, capture_output=True, text=True, timeout=60)
     assert p.returncode == 0, p.stdout + p.stderr
+    assert (there / sizes.get("OUT", ".")).is_dir()
     return (there / "calls.txt").read_text().splitlines()
 
 
@@ -111,7 +152,7 @@ def test_what_a_whole_cifar10_run_asks_for(stub):
     assert [flag(c, "--keep") for c in got if c.startswith("prune.py") and "--score moderate" in c] == ["0.1", "0.4"]
     judged = next(c for c in got if c.startswith("evaluate.py"))
     assert len(flag(judged, "--runs").split()) == 13 and flag(judged, "--encoder") == "scratch pixels"
-    assert next(c for c in got if c.startswith("report.py")).endswith("--encoder scratch --out runs/cifar10/report")
+    assert next(c for c in got if c.startswith("report.py")).endswith("--encoder scratch --beside runs --out runs/cifar10/report")
 
 
 def test_quick_adds_to_the_users_flags_and_stands_in_a_folder_of_its_own(stub):
@@ -134,8 +175,7 @@ def test_quick_digits_is_no_longer_than_digits(stub):
 def test_a_corrected_command_is_not_held_against_the_mistake(stub):
     """A flag that the first training refuses has made nothing, and so must not be what the folder was 'made with'."""
     there, env = stub
-    (there / "bin/python3").write_text(STUB.replace("echo", r'case "$*" in *"--lr abc"*) exit 2 ;; esac' + '\necho', 1))
-    p = subprocess.run(["bash", "run_all.sh"], cwd=there, env=env | {"TRAIN": "--lr abc", "RUNS": "full"}, capture_output=True, text=True, timeout=60)
+    p = subprocess.run(["bash", "run_all.sh"], cwd=there, env=env | {"TRAIN": "--lr abc", "RUNS": "full", "REFUSE": "--lr abc"}, capture_output=True, text=True, timeout=60)
     assert p.returncode == 2
     calls(stub, RUNS="full", TRAIN="--lr 1e-3")
     (there / "runs/digits/full").mkdir(exist_ok=True)
@@ -166,7 +206,7 @@ def test_one_class_needs_no_classifier_and_no_weights(stub, tmp_path):
 
 
 def test_imagenet_keeps_the_pixels_of_a_run_in_the_run(stub):
-    got = calls(stub, "imagenet", "bin", SCORER="run_all.sh", REFERENCE="run_all.sh", MODEL="SiT-L/2")
+    got = calls(stub, "imagenet", "common", SCORER="run_all.sh", REFERENCE="run_all.sh", MODEL="SiT-L/2")
     pixels = [c for c in got if c.startswith("data.py") and "--indices" in c]
     assert [flag(c, "--out") for c in pixels] == [f"runs/imagenet-SiT-L_2/{how}-attach/images" for how in ("random", "d2c-select")]
     assert [flag(c, "--images") for c in got if c.startswith("attach.py") and "--images" in c] == [flag(c, "--out") for c in pixels]
@@ -189,15 +229,14 @@ def test_a_signal_to_run_all_reaches_the_stage(number, code, stub):
 
 def test_a_failing_stage_ends_the_run_with_its_code(stub):
     there, env = stub
-    (there / "bin/python3").write_text(STUB + 'case "$(tail -1 calls.txt)" in prune.py*) exit 7 ;; esac\n')
-    p = subprocess.run(["bash", "run_all.sh"], cwd=there, env=env | {"QUICK": "1"}, capture_output=True, text=True, timeout=60)
+    p = subprocess.run(["bash", "run_all.sh"], cwd=there, env=env | {"QUICK": "1", "FAIL": "prune.py"}, capture_output=True, text=True, timeout=60)
     assert p.returncode == 7 and (there / "calls.txt").read_text().splitlines()[-1].startswith("prune.py")
 
 
 @pytest.mark.slow
 def test_digits_from_nothing_to_the_report_and_again(copy):
     sizes = dict(STEPS="12", NUM_SAMPLES="60", DRO="--eta 0.05 --steps 12 --batch-size 8 --burn-in 2", DEVICE="cpu")
-    code, out = run_all(copy, **sizes)
+    code, out = run_all_sh(copy, **sizes)
     assert code == 0, out[-3000:]
     report = (copy / "runs/digits/report/report.md").read_text(encoding="utf-8")
     assert [line.split("|")[1].strip() for line in report.splitlines() if line.startswith("|")][2:9] == RUNS
@@ -207,7 +246,7 @@ def test_digits_from_nothing_to_the_report_and_again(copy):
     assert kept == {r: 1500 if r == "full" else 150 for r in RUNS}   # equal budgets: each comparison changes one thing
     assert np.array_equal(np.load(copy / "runs/digits/random/prune/keep.npy"), np.load(copy / "runs/digits/random-attach/attach/keep.npy"))
     stamps = {f: f.stat().st_mtime_ns for f in copy.glob("runs/digits/*/*.pt")}
-    code, again = run_all(copy, **sizes)                              # the same command: everything stands
+    code, again = run_all_sh(copy, **sizes)                              # the same command: everything stands
     assert code == 0 and again.count("nothing to do") >= 20 and stamps == {f: f.stat().st_mtime_ns for f in copy.glob("runs/digits/*/*.pt")}
 
 
@@ -219,7 +258,7 @@ def test_a_folder_of_pictures(copy, tmp_path):
         (tmp_path / "my pets" / c).mkdir(parents=True)
         for i in range(20):
             Image.fromarray(rng.integers(0, 120, (16, 16, 3)).astype(np.uint8) + (100 if c == "cat" else 0)).save(tmp_path / f"my pets/{c}/{i}.png")
-    code, out = run_all(copy, str(tmp_path / "my pets"), STEPS="3", NUM_SAMPLES="24", PER_CLASS="3", KEEP="0.3 0.5", MODEL="unet-tiny", DEVICE="cpu", NPROC="2",
+    code, out = run_all_sh(copy, str(tmp_path / "my pets"), STEPS="3", NUM_SAMPLES="24", PER_CLASS="3", KEEP="0.3 0.5", MODEL="unet-tiny", DEVICE="cpu", NPROC="2",
                         RUNS="full random pruned random-attach d2c-select", SAMPLER="--steps 3 --cfg 1.5")
     assert code == 0, out[-3000:]
     table = (copy / "runs/my pets-unet-tiny/report/report.md").read_text(encoding="utf-8")
@@ -246,7 +285,7 @@ def test_the_imagenet_recipe(copy, tmp_path, real_vae):
     sizes = dict(SCORER=str(tmp_path / "DiT.pth"), VAE=str(tmp_path / "vae"), IMAGE_SIZE="16", REFERENCE=str(tmp_path / "adm.npz"), JUDGE_WEIGHTS=str(tmp_path / "inception.pth"),
                  TEXT="minilm", VISUAL="resnet18", VISUAL_WEIGHTS=str(tmp_path / "resnet18.pth"), PER_CLASS="3", INTERVAL="2", STEPS="2", NUM_SAMPLES="6", MODEL="SiT-T/2",
                  SAMPLER="--sampler sde --steps 3 --cfg 1.5", DEVICE="cpu")
-    code, out = run_all(copy, "imagenet", str(tmp_path / "train"), **sizes)
+    code, out = run_all_sh(copy, "imagenet", str(tmp_path / "train"), **sizes)
     assert code == 0, out[-3000:]
     assert not (copy / "data/imagenet/images.npy").exists() and np.load(copy / "data/imagenet/latents.npy").shape == (24, 8, 8, 8)
     table = (copy / "runs/imagenet-SiT-T_2/report/report.md").read_text(encoding="utf-8")
@@ -254,7 +293,7 @@ def test_the_imagenet_recipe(copy, tmp_path, real_vae):
         assert f"| {run} |" in table and json.loads((copy / f"runs/imagenet-SiT-T_2/{run}/metrics.json").read_text())["encoders"]["inception"]["n"] == 6
     kept = np.load(copy / "runs/imagenet-SiT-T_2/select/keep.npy")
     assert len(kept) == 6 and "latents only" in table
-    code, again = run_all(copy, "imagenet", str(tmp_path / "train"), **sizes)
+    code, again = run_all_sh(copy, "imagenet", str(tmp_path / "train"), **sizes)
     assert code == 0 and again.count("nothing to do") >= 16
 
 
@@ -262,7 +301,7 @@ def test_the_imagenet_recipe(copy, tmp_path, real_vae):
 def test_quick_renews_the_report_and_puts_other_reports_beside_it(tmp_path):
     copy = copy_kit(tmp_path / "kit")                                 # of its own: every report in runs/ would stand beside this one's
     sizes = dict(QUICK="1", STEPS="4", NUM_SAMPLES="40", TRAJECTORY="20", TRAIN="--checkpoint-every 2", RUNS="full random pruned", DEVICE="cpu")
-    code, out = run_all(copy, **sizes, SCORE="gaussian moderate", OUT="runs/quick")
+    code, out = run_all_sh(copy, **sizes, SCORE="gaussian moderate", OUT="runs/quick")
     assert code == 0, out[-3000:]
     planned = ["full", "random", "pruned", "pruned-moderate"]
     assert f"4 trainings of 4 steps, 40 samples each, judged by scratch; in this order: {' '.join(planned)}" in out and "more minutes at the pace of the first steps" in out
@@ -275,7 +314,7 @@ def test_quick_renews_the_report_and_puts_other_reports_beside_it(tmp_path):
     record = json.loads((copy / "runs/quick/pruned-moderate/prune/prune.args.json").read_text())
     assert record["args"]["score"] == "moderate" and record["args"]["features"].endswith("pruned/prune/features.npy")          # encoded once
     assert "| pruned-moderate |" in (copy / "runs/quick/report/report.md").read_text(encoding="utf-8")
-    code, out = run_all(copy, PROCESS="ddpm", STEPS="4", NUM_SAMPLES="40", RUNS="full random pruned", JUDGE="scratch", DEVICE="cpu")          # the first report beside it
+    code, out = run_all_sh(copy, PROCESS="ddpm", STEPS="4", NUM_SAMPLES="40", RUNS="full random pruned", JUDGE="scratch", DEVICE="cpu")          # the first report beside it
     assert code == 0 and "report so far" not in out, out[-3000:]
     text = (copy / "runs/digits-ddpm/report/report.md").read_text(encoding="utf-8")
     assert re.search(r"Pruning, FD against random: [+-]\d+ % here \(one seed\); [+-]\d+ % with SiT-T/2 \(flow\) on digits 8 x 8, 4 steps of 128, scratch \[quick\]", text)

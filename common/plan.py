@@ -1,0 +1,348 @@
+"""The comparison that run_all.sh makes: its sizes, its runs, and the stages' commands in order.
+
+    plan = Comparison("digits", "digits", choices_of("digits", os.environ))
+    print(*plan.commands, sep="\\n")
+
+Sizes and choices come from the environment: run_all.sh lists them. Nothing is called here, and no
+list of scores or range of a number is repeated: run_all.py has the scripts look at the commands.
+"""
+import importlib
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+from common.errors import need
+
+ALL_RUNS = "full random random-attach pruned pruned-dro d2c-select d2c-select-attach"
+D2C_RUNS = ("random-attach", "d2c-select", "d2c-select-attach")
+DRO_RUNS = ("pruned-dro", "pruned-dro-resample")
+
+# ------------------------------------------------------------------------------- sizes and choices
+# The defaults of every variable, what a data set has instead, and what QUICK has instead of both.
+DEFAULTS = dict(
+    STEPS="20000", PER_CLASS="100", NUM_SAMPLES="10000", KEEP="0.1", SEEDS="0", SIZE="", MODEL="",
+    PROCESS="", RUNS=ALL_RUNS, NPROC="1", DEVICE="auto", REPORT="short", TRAJECTORY="", QUICK="",
+    SURROGATE="ddae", SCORE="gaussian", TEXT="minilm", VISUAL="ddae", INTERVAL="auto",
+    JUDGE="scratch pixels", DRO="", TRAIN="", SAMPLER="--cfg 1.5", OUT="", ROOT="", SCORER="",
+    REFERENCE="", SURROGATE_WEIGHTS="", VISUAL_WEIGHTS="", JUDGE_WEIGHTS="", OFFICIAL="dit",
+    VAE="stabilityai/sd-vae-ft-ema", IMAGE_SIZE="256")
+OF_DATA = {
+    "digits": dict(STEPS="800", PER_CLASS="15", NUM_SAMPLES="1000", KEEP="",
+                   SAMPLER="--sampler heun --steps 12 --cfg 1.5",
+                   DRO="--eta 0.05 --steps 400 --batch-size 64"),
+    "cifar10": dict(KEEP="0.1 0.4", SCORE="gaussian moderate"),
+    # D2C's own setting (Huang et al. 2025, section 4).
+    "imagenet": dict(STEPS="40000", PER_CLASS="10", INTERVAL="96", NUM_SAMPLES="50000", KEEP="",
+                     RUNS="random random-attach d2c-select d2c-select-attach", JUDGE="inception",
+                     TEXT="google/flan-t5-xl", VISUAL="dinov2_vitb14",
+                     SAMPLER="--sampler sde --steps 250 --cfg 1.5"),
+    # The embedded text knows the class names of digits, CIFAR and ImageNet only.
+    "folder": dict(TEXT="none"),
+}
+QUICK = dict(RUNS="full random pruned random-attach d2c-select d2c-select-attach", JUDGE="scratch",
+             SCORE="gaussian", TRAJECTORY="2000")
+QUICK_SIZES = dict(STEPS="4000", NUM_SAMPLES="5000", KEEP="0.1")
+MAY_BE_EMPTY = ("DRO", "SAMPLER", "OFFICIAL")
+FILES = ("SURROGATE_WEIGHTS", "SCORER", "VISUAL_WEIGHTS", "JUDGE_WEIGHTS", "REFERENCE")
+LISTS = ("SEEDS", "RUNS", "JUDGE", "SCORE", "KEEP")
+
+
+def choices_of(what, env):
+    """A namespace of all variables: the environment's value, else QUICK's, the data set's, ours."""
+    quick = env.get("QUICK", "")
+    need(quick in ("", "0", "1"), f"QUICK={quick}: must be 1, or 0 or empty")
+    quick = quick == "1"
+    defaults = {**DEFAULTS, **OF_DATA[what]}
+    # The flags that come before the user's in TRAIN: of a flag given twice the last counts.
+    ours = ""
+    if quick:
+        defaults.update(QUICK)
+    if quick and what != "digits":
+        defaults.update(QUICK_SIZES)
+        ours = "--warmup 500 --checkpoint-every 1000"      # the rate must be up in short runs
+    if what == "digits" and env.get("PROCESS", "flow") not in ("", "flow"):
+        defaults["SAMPLER"] = "--sampler dpm++ --steps 20 --cfg 1.5"
+    if what == "digits" and env.get("MODEL", "").startswith("unet"):
+        ours += " --lr 1e-3"                               # the preset's rate is the tiny SiT's
+    c = SimpleNamespace()
+    for name, value in defaults.items():
+        given = env.get(name)
+        if given or (given == "" and name in MAY_BE_EMPTY):
+            value = given
+        setattr(c, name, " ".join(value.split()) if name in LISTS else value)
+    c.QUICK = quick
+    c.TRAIN = f"{ours} {c.TRAIN}" if c.TRAIN else ours
+    if c.REPORT == "full":
+        c.RUNS += " pruned-dro-resample"                   # the other way to use the weights
+        c.TRAJECTORY = c.TRAJECTORY or "all"
+    return c
+
+
+def check_choices(what, c):
+    """What no single script can see. Ranges and names are the scripts' own to check."""
+    need(c.REPORT in ("short", "full"), f"REPORT={c.REPORT}: must be short or full")
+    need(re.fullmatch("0*[1-9][0-9]{0,3}", c.NPROC),
+         f"NPROC={c.NPROC}: must be a whole number of at least 1")
+    need(not re.fullmatch("0+", c.STEPS), f"STEPS={c.STEPS}: must be at least 1")
+    for seed in c.SEEDS.split():
+        # 0 and 00 would be two names of one repetition.
+        need(seed == "0" or not seed.startswith("0"), f"SEEDS={c.SEEDS}: must be without leading zeros")
+    for name in FILES:
+        path = getattr(c, name)
+        need(not path or Path(path).exists(), f"{name}={path}: no such file")
+    need(not c.SIZE or what not in ("digits", "imagenet"),
+         f"SIZE={c.SIZE} does nothing with {what}; leave it out")
+    judges = c.JUDGE.split()
+    if "ddae" in judges:
+        need(c.JUDGE_WEIGHTS, f"JUDGE={c.JUDGE}: ddae needs JUDGE_WEIGHTS=CHECKPOINT, a model that "
+                              "neither selected nor is judged")
+        need(judges[0] == "ddae", f"JUDGE={c.JUDGE}: name ddae first, JUDGE_WEIGHTS are the first "
+                                  "judge's")
+    if what == "imagenet":
+        need(c.SCORER, "imagenet needs SCORER=DiT-XL-2-256x256.pt, the diffusion model that scores")
+        need(c.REFERENCE, "imagenet needs REFERENCE=VIRTUAL_imagenet256_labeled.npz, the statistics "
+                          "that the judge compares with")
+        need(not c.QUICK, "QUICK is for data sets of pixels; for a short imagenet set STEPS, RUNS")
+
+
+def integer(text, other):
+    """The integer in a text that its script has still to look at, else another one."""
+    return int(text) if text.isdecimal() else other
+
+
+# ---------------------------------------------------------------------------------------- the runs
+@dataclass
+class Command:
+    """One call of a script. run: the training it belongs to, or the last one that it judges."""
+    script: str
+    flags: list
+    run: str = ""
+
+    def __str__(self):
+        return shlex.join([self.script, *self.flags])
+
+
+def flags_of(**values):
+    """batch_size=8, runs=[a, b], flips=True, model="" -> --batch-size 8 --runs a b --flips."""
+    flags = []
+    for name, value in values.items():
+        if value in ("", None, False):
+            continue
+        flags.append("--" + name.replace("_", "-"))
+        if isinstance(value, list):
+            flags += value
+        elif value is not True:
+            flags.append(str(value))
+    return flags
+
+
+class Comparison:
+    """The commands of all runs; each comparison changes one thing.
+
+    data, out: the data folder and the output folder; commands; runs: the folder of each training.
+    """
+
+    def __init__(self, what, source, c, one_class=False):
+        self.what = what
+        self.source = source
+        self.c = c
+        self.one_class = one_class
+        name = Path(source.removesuffix(".npz")).name if what == "folder" else what
+        if what == "folder" and (name in OF_DATA or Path("data", name).resolve() == Path(source)):
+            name = f"my-{name}"              # data/photos is not overwritten by what is made of it
+        if what == "cifar10" and c.SIZE:
+            name = f"cifar10-{c.SIZE}"
+        self.data = f"data/{name}"
+        ends = ["quick" if c.QUICK else "", c.MODEL.replace("/", "_"), c.PROCESS]
+        self.out = c.OUT or "-".join([f"runs/{name}", *filter(None, ends)])
+        if one_class:
+            # There is nothing to weigh, and no classifier to train.
+            c.RUNS = " ".join(run for run in c.RUNS.split() if run not in DRO_RUNS)
+            c.JUDGE = " ".join(judge for judge in c.JUDGE.split() if judge != "scratch") or "pixels"
+        self.commands = []
+        self.runs = []
+        self.make_data()
+        for k, seed in enumerate(c.SEEDS.split()):
+            self.seed = seed
+            self.tail = f"-seed{seed}" if k else ""
+            if what == "imagenet":
+                self.imagenet()
+            else:
+                self.compare()
+        need(self.runs, f"RUNS=\"{c.RUNS}\" asks for no training")
+        if c.QUICK:
+            del self.commands[-2:]           # after the last run the whole report follows at once
+        self.judge(self.runs)
+
+    def add(self, script, *flags, run="", more="", **values):
+        """Note a command: flags as they are, those of `values`, and `more` as a shell reads it."""
+        out = values.pop("out", "")
+        line = [*flags, *flags_of(**values), *shlex.split(more), *flags_of(out=out)]
+        self.commands.append(Command(script, line, run))
+
+    def wants(self, *runs):
+        return bool(set(runs) & set(self.c.RUNS.split()))
+
+    def place(self, run):
+        return f"{self.out}/{run}{self.tail}"
+
+    # ------------------------------------------------------------------ one stage each
+    def make_data(self):
+        c = self.c
+        if self.what == "imagenet":
+            self.add("data.py", self.source, size=c.IMAGE_SIZE, vae=c.VAE, latents_only=True,
+                     batch_size=64 * int(c.NPROC), device=c.DEVICE, out=self.data)
+        else:
+            root = c.ROOT if self.what == "cifar10" else ""
+            self.add("data.py", self.source, root=root, size=c.SIZE, out=self.data)
+
+    def prune(self, run, score, budget, **surrogate):
+        """Returns the file of kept indices."""
+        self.add("prune.py", data=self.data, **surrogate, score=score, **budget, seed=self.seed,
+                 device=self.c.DEVICE, out=self.place(run) + "/prune")
+        return self.place(run) + "/prune/keep.npy"
+
+    def attach(self, run, **flags):
+        """Returns the folder of attachments."""
+        out = self.place(run) + "/attach"
+        self.add("attach.py", data=self.data, **flags, seed=self.seed, device=self.c.DEVICE, out=out)
+        return out
+
+    def train_sample(self, run, **flags):
+        """Train, then draw from the EMA."""
+        c = self.c
+        place = self.place(run)
+        # Small images of CIFAR take the preset that fits them; a user's folder, what fits it.
+        small = self.what == "cifar10" and integer(c.SIZE, 32) <= 16
+        preset = "" if small or self.what == "folder" else self.what
+        self.add("train.py", data=self.data, preset=preset, steps=c.STEPS, seed=self.seed,
+                 device=c.DEVICE, model=c.MODEL, process=c.PROCESS,
+                 more=f"{c.TRAIN} {shlex.join(flags_of(**flags))}", out=place, run=place)
+        self.add("sample.py", checkpoint=f"{place}/last.pt", num=c.NUM_SAMPLES,
+                 more=f"{c.SAMPLER} {shlex.join(flags_of(seed=self.seed, device=c.DEVICE))}",
+                 out=place, run=place)
+        self.runs.append(place)
+        if c.QUICK:
+            self.judge(list(self.runs), so_far=place)
+
+    def judge(self, runs, so_far=""):
+        """Measure and compare these runs; the first encoder is the table's."""
+        c = self.c
+        first = c.JUDGE.split()[0]
+        judged = dict(data=self.data, device=c.DEVICE, runs=runs, encoder_weights=c.JUDGE_WEIGHTS,
+                      reference_stats=c.REFERENCE)
+        report = dict(encoder=first, beside="runs", out=f"{self.out}/report")
+        interval = 20 if c.REPORT == "full" else ""
+        self.add("evaluate.py", **judged, encoder=c.JUDGE.split(), bootstrap=interval, run=so_far)
+        self.add("report.py", *runs, **report, run=so_far)
+        if c.TRAJECTORY and not so_far:
+            # Last, for it takes longest.
+            fewer = integer(c.TRAJECTORY, 0) < integer(c.NUM_SAMPLES, 1)
+            num = c.TRAJECTORY if fewer and c.TRAJECTORY != "all" else ""
+            self.add("evaluate.py", **judged, encoder=first, trajectory=True, trajectory_num=num)
+            self.add("report.py", *runs, **report)
+
+    # ------------------------------------------------------------------ which runs
+    def compare(self):
+        """Pruning at every budget, each with its own random row; then D2C at PER_CLASS images."""
+        c = self.c
+        self.reference = self.place("full") + "/last.pt"
+        self.train_sample("full")            # always: it is the reference of all that follows
+        # Digits prune to as many images as D2C takes: one random row serves both.
+        budgets = [dict(keep=keep) for keep in c.KEEP.split()] or [dict(per_class=c.PER_CLASS)]
+        for k, budget in enumerate(budgets):
+            end = f"-{budget['keep']}" if k else ""
+            if self.wants("random") or (not c.KEEP and self.wants(*D2C_RUNS)):
+                self.random_row(f"random{end}", budget)
+            if self.wants("pruned", *DRO_RUNS):
+                self.pruned_rows(end, budget)
+        rival = "random"
+        if c.KEEP and self.wants(*D2C_RUNS):
+            rival = "d2c-random"
+            self.random_row(rival, dict(per_class=c.PER_CLASS))
+        self.d2c_rows(self.place(rival) + "/prune/keep.npy")
+
+    def random_row(self, run, budget):
+        """As many images, drawn at random."""
+        self.train_sample(run, indices=self.prune(run, "random", budget))
+
+    def pruned_rows(self, end, budget):
+        """The kept set of every score, and class weights for that of the first."""
+        c = self.c
+        first, *others = c.SCORE.split()
+        keep = self.prune(f"pruned{end}", first, budget, **self.surrogate())
+        if self.wants("pruned"):
+            self.train_sample(f"pruned{end}", indices=keep)
+            for score in others:
+                run = f"pruned-{score}{end}"
+                features = self.features(first, score, keep)
+                self.train_sample(run, indices=self.prune(run, score, budget, **features))
+        if self.wants(*DRO_RUNS):
+            out = self.place(f"pruned-dro{end}") + "/reweight"
+            self.add("reweight.py", data=self.data, indices=keep, reference=self.reference,
+                     more=f"{c.DRO} {shlex.join(flags_of(seed=self.seed, device=c.DEVICE))}",
+                     out=out)
+            weighted = dict(indices=keep, weights=f"{out}/weights.npy")
+            if self.wants("pruned-dro"):
+                self.train_sample(f"pruned-dro{end}", **weighted)
+            if self.wants("pruned-dro-resample"):
+                run = f"pruned-dro-resample{end}"
+                self.train_sample(run, **weighted, reweight_mode="resample")
+
+    def surrogate(self):
+        weights = self.c.SURROGATE_WEIGHTS
+        if self.c.SURROGATE == "ddae":
+            weights = weights or self.reference
+        return dict(surrogate=self.c.SURROGATE, weights=weights)
+
+    def features(self, first, score, keep):
+        """What a further score reads: the features of the first, where both look at features."""
+        scores = importlib.import_module("prune").SCORES
+        if score not in scores or scores[score].needs != "features":
+            return {}
+        if first in scores and scores[first].needs == "features":
+            return dict(features=keep.replace("keep.npy", "features.npy"))
+        return self.surrogate()
+
+    def d2c_rows(self, rival):
+        """Attachments on the random images `rival`, selection, and both."""
+        c = self.c
+        flags = dict(reference=self.reference, text=c.TEXT, visual=c.VISUAL)
+        if self.one_class:
+            flags["judge"] = "pixels"
+        # Tokens of both orientations, so that the attached runs may mirror as the others do.
+        flags["flips"] = self.what != "digits" and c.VISUAL != "none"
+        if self.wants("random-attach"):
+            attach = self.attach("random-attach", **flags, indices=rival)
+            self.train_sample("random-attach", attach=attach)
+        if self.wants("d2c-select", "d2c-select-attach"):
+            attach = self.attach("d2c-select-attach", **flags, per_class=c.PER_CLASS,
+                                 interval=c.INTERVAL)
+        if self.wants("d2c-select"):
+            self.train_sample("d2c-select", indices=f"{attach}/keep.npy")
+        if self.wants("d2c-select-attach"):
+            self.train_sample("d2c-select-attach", attach=attach)
+
+    def imagenet(self):
+        """The 2 x 2 of the paper: chosen at random or by difficulty, without and with attachments.
+
+        Disk: latents 21 GB, about 36 GB a run. GPU time, the paper's: scoring 2.1 h, training 7.4.
+        """
+        c = self.c
+        select = self.place("select")
+        self.add("attach.py", data=self.data, reference=c.SCORER, official=c.OFFICIAL,
+                 per_class=c.PER_CLASS, interval=c.INTERVAL, text="none", visual="none",
+                 judge="none", seed=self.seed, device=c.DEVICE, out=select)
+        random = self.prune("random", "random", dict(per_class=c.PER_CLASS))
+        for run, keep in (("random", random), ("d2c-select", f"{select}/keep.npy")):
+            if self.wants(run):
+                self.train_sample(run, indices=keep)
+            if self.wants(f"{run}-attach"):
+                # The pixels of the kept images, which the visual encoder reads.
+                images = self.place(f"{run}-attach") + "/images"
+                self.add("data.py", self.source, size=c.IMAGE_SIZE, indices=keep, out=images)
+                attach = self.attach(f"{run}-attach", indices=keep, images=images, text=c.TEXT,
+                                     visual=c.VISUAL, visual_weights=c.VISUAL_WEIGHTS, judge="none")
+                self.train_sample(f"{run}-attach", attach=attach)

@@ -1,0 +1,189 @@
+"""What run_all.sh ends in: the commands of a comparison are checked, then called in their order.
+
+    python -m common.run_all digits digits           (the data set's name, and its source)
+
+First the scripts' own parsers look at the whole list of commands, so a mistake shows before
+anything is made. Then the commands are called one after the other; each skips what it finds done.
+"""
+import importlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+from common.errors import UserError, need
+from common.plan import Command, Comparison, check_choices, choices_of, integer
+
+
+# --------------------------------------------------------------------------------------- the check
+def check_commands(comparison):
+    """UserError at the first command that its script would refuse, or that overwrites another's."""
+    known = importlib.import_module("report").RUNS
+    for run in comparison.c.RUNS.split():
+        need(run in known, f"RUNS: {run} is none of {' '.join(known)}")
+    for command in comparison.commands:
+        script = importlib.import_module(command.script.removesuffix(".py"))
+        try:
+            script.parse_args(command.flags)
+        except UserError as e:
+            raise UserError(f"{command.script}: {e}") from e
+    for run in comparison.runs:
+        need(comparison.runs.count(run) == 1,
+             f"{run} would be made twice: SEEDS, KEEP or SCORE names something twice")
+
+
+def check_sizes(comparison):
+    """An output folder has one set of sizes: another would leave half of the runs at the old."""
+    out = Path(comparison.out)
+    file = out / "sizes.txt"
+    held = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    sizes = dict(line.split("=", 1) for line in held)
+    for name, script in dict(STEPS="train", TRAIN="train", NUM_SAMPLES="sample",
+                             SAMPLER="sample").items():
+        now = getattr(comparison.c, name)
+        was = sizes.get(name, now)
+        need(was == now or not any(out.glob(f"*/{script}.args.json")),
+             f"{out} was made with {name}={was}, now {name}={now}; use OUT=another folder, or "
+             f"remove {out}")
+        sizes[name] = now
+    out.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(f"{name}={now}\n" for name, now in sizes.items()), encoding="utf-8")
+
+
+# ----------------------------------------------------------------------------------- the execution
+class Runner:
+    """Calls the commands in order; a signal to it reaches the stage, which saves and ends."""
+
+    def __init__(self, comparison):
+        self.comparison = comparison
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+
+    def call(self, argv, quiet=False):
+        """A Python command as a process of its own; if it fails, everything ends with its code."""
+        output = subprocess.DEVNULL if quiet else None
+        child = subprocess.Popen([sys.executable, *argv], stdout=output,
+                                 preexec_fn=deaf_to_interrupts)
+        try:
+            code = child.wait()
+        except SystemExit:
+            # We were told to stop: the stage saves and ends, and no second signal cuts that short.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            child.terminate()
+            child.wait()
+            raise
+        if code:
+            raise SystemExit(code if code > 0 else 128 - code)
+
+    def stage(self, command):
+        """One command of the comparison, where there is something left to do."""
+        comparison = self.comparison
+        script = command.script
+        flags = list(command.flags)
+        run = command.run
+        drawn = f"{run}/samples.npy"
+        if script == "sample.py" and newer(f"{run}/last.pt", drawn):
+            flags.append("--overwrite")      # trained on since they were drawn
+        so_far = run and script in ("evaluate.py", "report.py")
+        if so_far and newer(f"{run}/metrics.json", drawn) and script == "evaluate.py":
+            return
+        torchrun = []
+        alone = script == "report.py" or (script == "data.py" and "--vae" not in flags)
+        if comparison.c.NPROC != "1" and not alone:
+            torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+                        comparison.c.NPROC, "--"]
+        if not so_far:
+            print(f"--- {Command(script, flags)}", flush=True)
+        self.call([*torchrun, script, *flags], quiet=so_far)
+        if so_far and script == "report.py":
+            print(f"report so far: {comparison.out}/report/report.md", flush=True)
+
+    def run(self):
+        comparison = self.comparison
+        self.stage(comparison.commands[0])                 # the data
+        classes = Path(comparison.data, "classes.txt").read_text(encoding="utf-8").splitlines()
+        if len(classes) == 1:
+            comparison = Comparison(comparison.what, comparison.source, comparison.c, True)
+            self.comparison = comparison
+        c = comparison.c
+        names = " ".join(Path(run).name for run in comparison.runs)
+        print(f"{len(comparison.runs)} trainings of {c.STEPS} steps, {c.NUM_SAMPLES} samples each, "
+              f"judged by {c.JUDGE}; in this order: {names}", flush=True)
+        plan = "".join(f"python {command}\n" for command in comparison.commands)
+        Path(comparison.out, "plan.txt").write_text(plan, encoding="utf-8")
+        threading.Thread(target=tell_time, args=(comparison,), daemon=True).start()
+        for command in comparison.commands[1:]:
+            missing = without_checkpoints(comparison.runs)
+            if "--trajectory" in command.flags and missing:
+                print(f"no trajectory: {missing} has no step_*.pt (TRAIN=\"--checkpoint-every N\")")
+                break                        # the trajectory and its report are the last
+            self.stage(command)
+
+
+def without_checkpoints(runs):
+    """The first run that keeps no checkpoint which a trajectory could follow, or None."""
+    return next((run for run in runs if not any(Path(run).glob("step_*.pt"))), None)
+
+
+def deaf_to_interrupts():
+    """A terminal sends Ctrl-C to everybody in it: the stages hear of it from us, as SIGTERM."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def newer(file, other):
+    """Whether both files are there and `file` was written later."""
+    if not (os.path.exists(file) and os.path.exists(other)):
+        return False
+    return os.stat(file).st_mtime_ns > os.stat(other).st_mtime_ns
+
+
+def last_row(run):
+    """The last whole line of a run's stats.jsonl, or None."""
+    file = Path(run, "stats.jsonl")
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    whole = [line for line in lines if line.endswith("}")]
+    return json.loads(whole[-1]) if whole else None
+
+
+def tell_time(comparison):
+    """Waits for the first log line of any training, then says how long all of them will take."""
+    while not any(last_row(run) for run in comparison.runs):
+        time.sleep(1)
+    rows = [last_row(run) for run in comparison.runs]
+    pace = [row["seconds"] / row["step"] for row in rows if row]
+    steps = integer(comparison.c.STEPS, 0)
+    left = sum(steps - min(steps, row["step"] if row else 0) for row in rows)
+    if left:
+        free = shutil.disk_usage(comparison.out).free / 1e9
+        print(f"\nall trainings together: about {pace[-1] * left / 60:,.0f} more minutes at the "
+              "pace of the first steps, sampling and judging not counted; "
+              f"{free:,.0f} GB of disk are free", flush=True)
+
+
+def main(argv):
+    """main(["digits", "digits"]); with --check before, only looks at what would be called."""
+    what, source = argv[-2:]
+    try:
+        c = choices_of(what, os.environ)
+        check_choices(what, c)
+        comparison = Comparison(what, source, c)
+        if argv[0] == "--check":
+            return check_commands(comparison)
+        runner = Runner(comparison)
+        # In a process of its own: this one stays small, for it waits for hours.
+        runner.call(["-m", "common.run_all", "--check", *argv])
+        check_sizes(comparison)
+        runner.run()
+    except UserError as e:
+        print(f"run_all.sh: error: {' '.join(str(e).split())}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
