@@ -88,7 +88,8 @@ def check_choices(what, c):
     need(not re.fullmatch("0+", c.STEPS), f"STEPS={c.STEPS}: must be at least 1")
     for seed in c.SEEDS.split():
         # 0 and 00 would be two names of one repetition.
-        need(seed == "0" or not seed.startswith("0"), f"SEEDS={c.SEEDS}: must be without leading zeros")
+        need(seed == "0" or not seed.startswith("0"),
+             f"SEEDS={c.SEEDS}: must be without leading zeros")
     for name in FILES:
         path = getattr(c, name)
         need(not path or Path(path).exists(), f"{name}={path}: no such file")
@@ -102,8 +103,8 @@ def check_choices(what, c):
                                   "judge's")
     if what == "imagenet":
         need(c.SCORER, "imagenet needs SCORER=DiT-XL-2-256x256.pt, the diffusion model that scores")
-        need(c.REFERENCE, "imagenet needs REFERENCE=VIRTUAL_imagenet256_labeled.npz, the statistics "
-                          "that the judge compares with")
+        need(c.REFERENCE, "imagenet needs REFERENCE=VIRTUAL_imagenet256_labeled.npz, the statistics"
+                          " that the judge compares with")
         need(not c.QUICK, "QUICK is for data sets of pixels; for a short imagenet set STEPS, RUNS")
 
 
@@ -207,7 +208,8 @@ class Comparison:
     def attach(self, run, **flags):
         """Returns the folder of attachments."""
         out = self.place(run) + "/attach"
-        self.add("attach.py", data=self.data, **flags, seed=self.seed, device=self.c.DEVICE, out=out)
+        self.add("attach.py", data=self.data, **flags, seed=self.seed, device=self.c.DEVICE,
+                 out=out)
         return out
 
     def train_sample(self, run, **flags):
