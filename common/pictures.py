@@ -42,8 +42,55 @@ def save_grid(path, images, pad=1, least=48):
         picture.resize(size, Image.NEAREST).save(tmp)
 
 
+def thumbnails(images, groups, most, side=96):
+    """Tiles uint8 (R, G, most, h, w, C): images[groups[r][g]], white where a group has fewer.
+
+    Images (N, H, W, C) of twice `side` pixels and more are thinned to a height of at least `side`.
+    """
+    step = max(1, images.shape[1] // side)
+    shape = (len(groups), len(groups[0]), most, *images[0, ::step, ::step].shape)
+    tiles = np.full(shape, 255, np.uint8)
+    for r, row in enumerate(groups):
+        for g, group in enumerate(row):
+            for j, i in enumerate(group):
+                tiles[r, g, j] = images[i, ::step, ::step]
+    return tiles
+
+
+def save_montage(path, tiles, row_names, group_names, title):
+    """Write tiles (R, G, n, h, w, C) as a PNG with a name beside each row and below each group."""
+    R, G, n, h, w, _ = tiles.shape
+    group = n * (w + 1)
+    stride = group + max(2, w // 4)                          # with the gap after it
+    canvas = np.full((R * (h + 1), G * stride, 3), 255, np.uint8)
+    for r, g, j in np.ndindex(R, G, n):
+        top = r * (h + 1)
+        left = g * stride + j * (w + 1)
+        canvas[top:top + h, left:left + w] = tiles[r, g, j]
+    fig = figure(12, 1.2 + 12 * canvas.shape[0] / canvas.shape[1])
+    ax = fig.add_subplot(title=title)
+    ax.imshow(canvas, interpolation="nearest")
+    ax.set_xticks(stride * np.arange(G) + group / 2, group_names)
+    ax.set_yticks((h + 1) * np.arange(R) + h / 2, row_names)
+    save_figure(path, fig, dpi=120)
+
+
+def cut_montage(path, data, scores, keep, tie, title):
+    """A row per class shown: its highest images, those on both sides of the cut, its lowest."""
+    shown = shown_classes(data.num_classes)
+    groups = []
+    for c in shown:
+        rows = np.flatnonzero(data.labels == c)
+        best = rows[np.lexsort((tie[rows], -scores[rows]))]              # (n_c,), highest first
+        m = np.isin(best, keep).sum()
+        groups.append((best[:m][:5], best[max(0, m - 3):m + 2], best[m:][-5:]))
+    tiles = thumbnails(data.images, groups, 5)
+    below = ["highest kept", "border: last 3 kept, first 2 dropped", "lowest dropped"]
+    save_montage(path, tiles, [data.classes[c] for c in shown], below, title)
+
+
 def figure(width, height):
-    """A matplotlib figure that needs no screen and leaves nothing behind (pyplot keeps every figure)."""
+    """A matplotlib figure that needs no screen and leaves nothing behind, unlike pyplot's."""
     from matplotlib.figure import Figure
     return Figure(figsize=(width, height), layout="constrained")
 
@@ -57,3 +104,31 @@ def save_figure(path, fig, dpi=100):
 def shown_classes(num_classes, most=12):
     """At most `most` classes, spread evenly, of which a picture shows something."""
     return np.unique(np.linspace(0, num_classes - 1, min(most, num_classes)).astype(int))
+
+
+def class_histograms(path, data, values, keep, title, width, height, cut=False):
+    """A histogram of values (N,) for each class shown, and in red the images `keep` (M,) of it.
+
+    cut: only the lowest of these, as a line. width: inches of the figure; height: of a row of it.
+    """
+    shown = shown_classes(data.num_classes)
+    across = min(4, len(shown))
+    down = -(-len(shown) // across)
+    fig = figure(width, height * down + 0.6)
+    fig.suptitle(title)
+    for place, c in enumerate(shown, 1):
+        ax = fig.add_subplot(down, across, place)
+        mine = values[data.labels == c]                                  # (n_c,)
+        taken = values[keep[data.labels[keep] == c]]                     # (m_c,)
+        finite = np.isfinite(mine)
+        ax.hist(mine[finite], bins=40, color="C0" if cut else "C7")
+        label = f"{data.classes[c]}: {len(taken)} of {len(mine)}"
+        if cut:
+            ax.axvline(taken.min(), color="C3")
+            label += " kept"
+        else:
+            ax.plot(taken, np.zeros(len(taken)), "|", color="C3", markersize=14, clip_on=False)
+        if not finite.all():
+            label += f", {np.sum(~finite)} not picked"
+        ax.set_title(label, fontsize=8)
+    save_figure(path, fig, dpi=110)

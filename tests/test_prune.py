@@ -10,8 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import models.encoders
+import models.scratch
 import prune
 from conftest import processes
+from models import chunked
 
 ROOT = Path(prune.__file__).parent
 
@@ -66,9 +69,9 @@ def test_gaussian_is_sklearns(n, D, monkeypatch):
     from sklearn.mixture import GaussianMixture
     z = features(n, D).astype(np.float64)
     want = GaussianMixture(1, reg_covar=1e-5, means_init=z.mean(0)[None]).fit(z).score_samples(z)
-    chunks = prune.chunks
-    monkeypatch.setattr(prune, "chunks", lambda z, width=0: chunks(z, width, limit=8 * D * 7))     # seven rows at a time
-    got = prune.gaussian_score(prune.Rows(features(n, D), np.arange(n)))
+    chunks = chunked.chunks
+    monkeypatch.setattr(chunked, "chunks", lambda z, width=0: chunks(z, width, limit=8 * D * 7))   # seven rows at a time
+    got = prune.gaussian_score(chunked.LazyRows(features(n, D), np.arange(n)))
     np.testing.assert_allclose(got, want, rtol=1e-6)
     if n > D:
         assert (np.argsort(got) == np.argsort(want)).all()
@@ -109,8 +112,11 @@ def test_moderate_is_the_plain_loop(n, duplicates):
     median = [(c[(n - 1) // 2] + c[n // 2]) / 2 for c in median]
     d = [math.sqrt(sum((float(v) - c) ** 2 for v, c in zip(r, median))) for r in z]
     want = [-abs(sum((d[j], tie[j]) < (d[i], tie[i]) for j in range(n)) - (n - 1) / 2) for i in range(n)]
-    assert prune.moderate_score(z, tie).tolist() == want
-    assert prune.moderate_score(prune.Rows(np.concatenate([z, z + 1]), np.arange(n)), tie).tolist() == want
+    assert prune.middle_band(prune.median_distance(z), tie).tolist() == want
+    lazy = chunked.LazyRows(np.concatenate([z, z + 1]), np.arange(n))
+    assert prune.middle_band(prune.median_distance(lazy), tie).tolist() == want
+    groups = np.zeros(n, np.int64)
+    assert prune.score_all("moderate", groups, [n], tie, 0, z).tolist() == want
 
 
 def plain_kcenter(z, m, tie):
@@ -158,21 +164,30 @@ def order_of(score):
     return picked[np.argsort(-score[picked])].tolist()
 
 
-@pytest.mark.parametrize("m", [1, 2, 9, 24])
-@pytest.mark.parametrize("score, plain", [(prune.kcenter_score, plain_kcenter), (prune.herding_score, plain_herding)])
-def test_pickers_are_the_plain_loops(score, plain, m):
+def test_scores_of_picks_are_their_places():
     z, tie = features(24, 5), tie_of(24)
-    assert order_of(score(z, m, tie)) == plain(z, m, tie)
+    for name, source in (("kcenter", z), ("herding", z), ("cluster", z), ("ccs", z[:, 0])):
+        given = {"difficulty" if name == "ccs" else "features": source}
+        picked = prune.SCORES[name].function(source, 9, tie, np.random.default_rng([3, 0]))
+        score = prune.score_all(name, np.zeros(24, np.int64), [9], tie, 3, **given)
+        assert order_of(score) == list(picked) and len(picked) == 9
+
+
+@pytest.mark.parametrize("m", [1, 2, 9, 24])
+@pytest.mark.parametrize("picks, plain", [(prune.kcenter_picks, plain_kcenter), (prune.herding_picks, plain_herding)])
+def test_pickers_are_the_plain_loops(picks, plain, m):
+    z, tie = features(24, 5), tie_of(24)
+    assert picks(z, m, tie) == plain(z, m, tie)
     integers = np.random.default_rng(5).integers(0, 3, (24, 2)).astype(np.float32) * 4             # many exact ties and duplicates
     integers = np.concatenate([integers, 8 - integers])               # mean exactly (4, 4)
-    assert order_of(score(integers, m, tie_of(48))) == plain(integers, m, tie_of(48))
+    assert picks(integers, m, tie_of(48)) == plain(integers, m, tie_of(48))
 
 
 @pytest.mark.parametrize("n, m", [(1, 1), (40, 1), (40, 17), (40, 36), (40, 37), (40, 40), (500, 250)])
 @pytest.mark.parametrize("kind", ["spread", "skewed", "equal"])
 def test_ccs_is_the_plain_loop(n, m, kind):
     d = np.random.default_rng(2).random(n) ** (4 if kind == "skewed" else 1) * (kind != "equal")
-    got = order_of(prune.ccs_score(d, m, tie_of(n)))
+    got = prune.ccs_picks(d, m, tie_of(n))
     assert got == plain_ccs(d.tolist(), m, tie_of(n)) and len(got) == m
     if kind == "spread" and n == 500:
         assert not set(got) & set(np.argsort(d)[-50:])                # the hardest tenth is gone
@@ -182,11 +197,11 @@ def test_ccs_is_the_plain_loop(n, m, kind):
 @pytest.mark.parametrize("m", [1, 5, 30])
 def test_cluster_takes_the_nearest_to_each_centre(m):
     z, tie = features(30, 4), tie_of(30)
-    C, sizes = prune.kmeans(z, m, np.random.default_rng(3))
+    C, sizes = chunked.kmeans(z, m, np.random.default_rng(3))
     want = []
     for j in sorted(range(m), key=lambda j: (-sizes[j], j)):
         want.append(min((i for i in range(30) if i not in want), key=lambda i: float(((z[i] - C[j]) ** 2).sum())))
-    assert order_of(prune.cluster_score(z, m, tie, np.random.default_rng(3))) == want
+    assert prune.cluster_picks(z, m, tie, np.random.default_rng(3)) == want
 
 
 def test_kmeans_finds_separate_blobs_and_stands_duplicates():
@@ -194,28 +209,38 @@ def test_kmeans_finds_separate_blobs_and_stands_duplicates():
     where = np.array([[0, 0], [50, 0], [0, 50], [50, 50]])
     z = (where[np.arange(80) % 4] + rng.normal(size=(80, 2))).astype(np.float32)
     for seed in range(20):                                            # centres drawn evenly miss a blob in most runs, and Lloyd rarely mends it
-        C, sizes = prune.kmeans(z, 4, np.random.default_rng(seed))
+        C, sizes = chunked.kmeans(z, 4, np.random.default_rng(seed))
         assert sorted(sizes) == [20] * 4
     for w in where:
         np.testing.assert_allclose(C[((C - w) ** 2).sum(1).argmin()], z[(np.arange(80) % 4) == where.tolist().index(w.tolist())].mean(0), rtol=1e-6)
     inertia = ((z[:, None] - C) ** 2).sum(2).min(1).sum()
     from sklearn.cluster import KMeans
     assert inertia <= KMeans(4, n_init=3, random_state=0).fit(z).inertia_ * (1 + 1e-6)
-    picked = order_of(prune.cluster_score(np.ones((6, 3), np.float32), 4, tie_of(6), rng))
-    assert len(set(picked)) == 4
+    picked = prune.cluster_picks(np.ones((6, 3), np.float32), 4, tie_of(6), rng)
+    assert len(set(picked)) == len(picked) == 4
 
 
 def test_chunked_reading_changes_nothing(monkeypatch):
     z = features(60, 6)
     index = np.sort(np.random.default_rng(0).permutation(60)[:37])
     tie = tie_of(37)
-    calls = [lambda z: prune.gaussian_score(z), lambda z: prune.moderate_score(z, tie), lambda z: prune.kcenter_score(z, 9, tie),
-             lambda z: prune.herding_score(z, 9, tie), lambda z: prune.cluster_score(z, 9, tie, np.random.default_rng(1))]
+    calls = [prune.gaussian_score, prune.median_distance, lambda z: prune.kcenter_picks(z, 9, tie), lambda z: prune.herding_picks(z, 9, tie),
+             lambda z: prune.cluster_picks(z, 9, tie, np.random.default_rng(1))]
     whole = [call(z[index]) for call in calls]
-    chunks = prune.chunks
-    monkeypatch.setattr(prune, "chunks", lambda z, width=0: chunks(z, width, limit=8 * 6 * 5))
+    chunks = chunked.chunks
+    monkeypatch.setattr(chunked, "chunks", lambda z, width=0: chunks(z, width, limit=8 * 6 * 5))
     for want, call in zip(whole, calls):
-        np.testing.assert_allclose(call(prune.Rows(z, index)), want, rtol=1e-9)
+        np.testing.assert_allclose(call(chunked.LazyRows(z, index)), want, rtol=1e-9)
+
+
+def test_rows_beyond_memory_are_read_when_they_are_sliced():
+    z, rows = features(60, 6), np.arange(3, 40, 2)
+    assert isinstance(chunked.rows_of(z, rows), np.ndarray) and isinstance(chunked.rows_of(z[:, 0], rows, most=1), np.ndarray)
+    lazy = chunked.rows_of(z, rows, most=len(rows) * 6)
+    assert isinstance(lazy, chunked.LazyRows) and lazy.shape == (len(rows), 6)
+    assert np.array_equal(lazy[2:7, 1:3], z[rows][2:7, 1:3]) and lazy[:].dtype == np.float64
+    within = np.flatnonzero(rows > 20)                                # rows of rows
+    assert np.array_equal(chunked.LazyRows(lazy, within)[:], z[rows[within]])
 
 
 # ---------------------------------------------------------------------------------------------- counts
@@ -281,12 +306,12 @@ def no_training(monkeypatch):
     def el2n(images, labels, num_classes, device, epochs, seeds=3):
         assert images.dtype == np.uint8 and num_classes == 3 and epochs == 4
         return np.random.default_rng(11).random(len(images))
-    monkeypatch.setattr(prune.scratch, "el2n", el2n)
+    monkeypatch.setattr(models.scratch, "el2n", el2n)
 
 
 def forbid(monkeypatch, *names):
     for name in names:
-        module = prune.scratch if name == "el2n" else prune.encoders
+        module = models.scratch if name == "el2n" else models.encoders
         monkeypatch.setattr(module, name, lambda *a, **k: pytest.fail(f"{name} was called"))
 
 
@@ -302,9 +327,10 @@ def test_every_score_through_the_script(data, tmp_path, score, monkeypatch, no_t
         mine = np.flatnonzero(labels == c)
         assert scores[np.intersect1d(mine, keep)].min() >= scores[np.setdiff1d(mine, keep)].max()
     assert (out / "montage.png").stat().st_size > 1000 and (out / "scores.png").stat().st_size > 1000
-    assert (out / "features.npy").exists() == (score in prune.FEATURE_SCORES) and not (out / "features.part.npy").exists()
+    assert (out / "features.npy").exists() == (prune.SCORES[score].needs == "features") and not (out / "features.part.npy").exists()
     record = json.loads((out / "prune.args.json").read_text())
-    assert record["kept"] == 12 and record["seconds_scores"] >= 0 and (record["seconds_features"] > 0) == (score in prune.FEATURE_SCORES)
+    assert record["looked_at"] == prune.SCORES[score].needs and "looked_at" not in record["args"]
+    assert record["kept"] == 12 and record["seconds_scores"] >= 0 and (record["seconds_features"] > 0) == (prune.SCORES[score].needs == "features")
     assert "kept 12 of 29 images (41.4 %), per class 2..6" in capsys.readouterr().out
     if score == "random":
         assert len(set(scores.tolist())) == 29
@@ -350,7 +376,7 @@ def test_ccs_over_reused_el2n(data, tmp_path, monkeypatch):
 def test_interrupted_extraction_goes_on_where_it_stopped(data, tmp_path, monkeypatch):
     flags = ("--surrogate", "pixels", "--score", "gaussian", "--keep", 0.5, "--batch-size", 7)
     straight = run(data, tmp_path / "straight", *flags)
-    extract, seen = prune.encoders.extract, []
+    extract, seen = models.encoders.extract, []
 
     def killed(enc, images, batch_size=256, kind="pooled", out=None, rows=None):
         if len(seen) == 2:
@@ -359,7 +385,7 @@ def test_interrupted_extraction_goes_on_where_it_stopped(data, tmp_path, monkeyp
         seen.append(rows.tolist())
         return extract(enc, images, batch_size, kind, out=out, rows=rows)
 
-    monkeypatch.setattr(prune.encoders, "extract", killed)
+    monkeypatch.setattr(models.encoders, "extract", killed)
     out = tmp_path / "out"
     with pytest.raises(SystemExit) as e:
         run(data, out, *flags)
@@ -404,13 +430,13 @@ def test_other_arguments_need_another_folder(data, tmp_path, capsys):
 
 
 def test_scratch_is_trained_once_and_kept_with_the_data(data, tmp_path, monkeypatch):
-    real, calls = prune.scratch.train_scratch, []
+    real, calls = models.scratch.train_scratch, []
 
     def train(*a, **k):
         calls.append(a[2:])
         k.pop("test_images"), k.pop("test_labels")
         return real(*a, epochs=1, **k)
-    monkeypatch.setattr(prune.scratch, "train_scratch", train)
+    monkeypatch.setattr(models.scratch, "train_scratch", train)
     run(data, tmp_path / "a", "--surrogate", "scratch", "--score", "herding", "--keep", 0.5, "--seed", 3)
     run(data, tmp_path / "b", "--surrogate", "scratch", "--score", "moderate", "--keep", 0.5, "--seed", 3)
     assert len(calls) == 1 and calls[0][0] == 3 and (data / "scratch.pt").exists()
