@@ -1,0 +1,1 @@
+"""Networks, formulas and metrics. Nothing here knows of stages, or of files but for weights."""
