@@ -483,39 +483,48 @@ def load(name, device, weights=None, images=None):
 
 
 def read_state(name, spec, weights):
-    """The dict of tensors in the file `weights`, else in the download, which torch.hub keeps."""
-    if weights is None and spec.weights is None:
-        raise ValueError(f"encoder {name} reads {SOURCES[spec.source]}: pass the file "
-                         "(--encoder-weights PATH)")
-    url = spec.weights
-    if weights is not None:
-        path = Path(weights)
-        if not path.is_file():
-            official = f" (official file: {url})" if url else ""
-            raise FileNotFoundError(f"{path}: no such file; encoder {name} expects its weights "
-                                    f"there{official}")
-    else:
-        path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
+    """The dict of tensors in the file `weights` or, without one, in the usual download."""
+    if weights is None:
+        return downloaded(name, spec)
+    path = Path(weights)
+    if not path.is_file():
+        official = f" (official file: {spec.weights})" if spec.weights else ""
+        raise FileNotFoundError(f"{path}: no such file; encoder {name} expects its weights there"
+                                f"{official}")
     try:
-        if weights is not None:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        else:
-            # The hash is checked where the file's name carries one.
-            state = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True,
-                                                       check_hash=True)
-    except Exception as e:           # no network, a damaged file: many kinds
-        if path.is_file():
-            raise ValueError(f"{path}: not readable as weights of encoder {name} "
-                             f"({one_line(e, 120)}); the file is damaged, or holds pickled code, "
-                             "which is never run") from e
-        raise FileNotFoundError(
-            f"encoder {name}: its weights are not on this machine and could not be downloaded "
-            f"({one_line(e)}); put {url} at {path}, or anywhere and pass it "
-            "(--encoder-weights PATH)") from e
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:           # a damaged file: many kinds
+        raise damaged(path, name, e) from e
     if not isinstance(state, dict):
         raise ValueError(f"{path}: holds a {type(state).__name__}, but weights of encoder {name} "
                          "must be a dict of tensors")
     return state
+
+
+def downloaded(name, spec):
+    """The usual weights, of torch.hub's folder, where they are downloaded to when absent."""
+    url = spec.weights
+    if url is None:
+        raise ValueError(f"encoder {name} reads {SOURCES[spec.source]}: pass the file "
+                         "(--encoder-weights PATH)")
+    try:
+        # The hash is checked where the name of the file carries one.
+        return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True,
+                                                  check_hash=True)
+    except Exception as e:           # no network, a damaged file: many kinds
+        path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
+        if path.is_file():
+            raise damaged(path, name, e) from e
+        raise FileNotFoundError(
+            f"encoder {name}: its weights are not on this machine and could not be downloaded "
+            f"({one_line(e)}); put {url} at {path}, or anywhere and pass it "
+            "(--encoder-weights PATH)") from e
+
+
+def damaged(path, name, error):
+    return ValueError(f"{path}: not readable as weights of encoder {name} "
+                      f"({one_line(error, 120)}); the file is damaged, or holds pickled code, "
+                      "which is never run")
 
 
 def optional(module, who, package):

@@ -56,11 +56,13 @@ def test_describe_names_every_encoder():
 
 
 def test_import_loads_neither_heavy_libraries_nor_machinery():
-    """pytorch_fid and the like are opened by the encoder that needs them; a process must not pay seconds for the others."""
+    """A process must not pay seconds for an encoder that it does not use."""
     heavy = "torchvision matplotlib pytorch_fid diffusers transformers common fcntl"
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import torch; before = set(sys.modules); import models.encoders, models.vae\n" \
-           f"print([m for m in '{heavy}'.split() if m in sys.modules and m not in before])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import torch; before = set(sys.modules)\n"
+            "import models.encoders, models.vae\n"
+            f"print([m for m in '{heavy}'.split() if m in sys.modules and m not in before])")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 class Brightness(encoders.Network):
@@ -77,7 +79,8 @@ class Brightness(encoders.Network):
 
 
 def test_a_new_encoder_is_one_row(tmp_path, monkeypatch):
-    row = encoders.Spec(build=Brightness, source="file", what="mean", needs="nothing", width=1, norm="[-1,1]", size=2, filter="bilinear", tokens="4 x 1")
+    row = encoders.Spec(build=Brightness, source="file", what="mean", needs="nothing", width=1,
+                        norm="[-1,1]", size=2, filter="bilinear", tokens="4 x 1")
     monkeypatch.setitem(encoders.ENCODERS, "brightness", row)
     torch.save({"scale": torch.tensor(3.0)}, tmp_path / "b.pt")
     x = pictures(5, 4, 1)
@@ -92,7 +95,7 @@ def test_a_new_encoder_is_one_row(tmp_path, monkeypatch):
         enc.logits(torch.from_numpy(x))
     with pytest.raises(ValueError, match="inception, .*brightness"):
         encoders.load("vgg", "cpu")
-    with pytest.raises(ValueError, match="encoder brightness reads a dict of tensors: pass the file"):
+    with pytest.raises(ValueError, match="brightness reads a dict of tensors: pass the file"):
         encoders.load("brightness", "cpu")
 
 
@@ -102,8 +105,9 @@ def test_rows_answer_what_the_stages_ask():
     assert [name for name, spec in rows.items() if spec.needs_labels] == ["scratch"]
     assert [name for name, spec in rows.items() if spec.is_fid] == ["inception"]
     assert [name for name, spec in rows.items() if spec.logits] == ["inception", "scratch"]
-    assert [name for name, spec in rows.items() if spec.size is None] == ["ddae", "scratch", "pixels"]
-    assert all(spec.source in encoders.SOURCES and spec.norm in encoders.NORMS for spec in rows.values())
+    assert [name for name, spec in rows.items() if not spec.size] == ["ddae", "scratch", "pixels"]
+    assert all(spec.source in encoders.SOURCES for spec in rows.values())
+    assert all(spec.norm in encoders.NORMS for spec in rows.values())
 
 
 # ---------------------------------------------------------------------------------------------- inception, resnet18
