@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.errors import UserError, need
-from common.files import (allocate, free_for_output, load_json, load_record, save_json, save_npy,
-                          sha256, sweep, write_at)
+from common.errors import UserError, need, user_errors
+from common.files import (allocate, check_finite, free_for_output, load_json, load_record,
+                          save_json, save_npy, sha256, sweep, write_at)
 from common.processes import barrier, from_rank0, gather, log, progress, rank, shard, world
 
 
@@ -200,7 +200,7 @@ class Stage:
                 self.file.unlink(missing_ok=True)
                 self._remove(self.stale)
             self._write(None)
-        barrier()
+        barrier(patient=True)
 
     def _write(self, seconds, **extra):
         record = {**self.record, "seconds": seconds, "spent": self.spent(), **extra}
@@ -266,6 +266,33 @@ def fill(out, name, shape, dtype, batch, compute):
         barrier()
     rows = np.load(final, mmap_mode="r", allow_pickle=False)
     return rows, from_rank0(lambda: noted_seconds(note))
+
+
+def fill_features(out, name, encoder, data, batch, noted=False, anew=False):
+    """fill() with the encoder's pooled features of all images: OUT/name.npy float32 (N, D).
+
+    noted: OUT/name.json says whose rows they are, and those of other data or of another encoder
+    go; for a folder whose record does not say so. anew: they go in any case.
+    """
+    from models.encoders import extract
+    n = len(data.images)
+    D = encoder.width
+    note = Path(out) / f"{name}.json"
+    key = {"data": data.info["sha256"], "identity": encoder.identity, "shape": [n, D]}
+    if noted and rank() == 0:
+        if anew or not note.exists() or load_json(note, "whose the features are") != key:
+            for file in Path(out).glob(f"{name}.*"):
+                file.unlink()
+            log(f"writing {4 * n * D / 1e9:.2f} GB of features ({n} x {D}) of {encoder.name}")
+            save_json(note, key)
+
+    def compute(rows):
+        with user_errors():
+            return extract(encoder, data.images, batch_size=len(rows), rows=rows)
+    features, seconds = fill(out, name, (n, D), np.float32, batch, compute)
+    if noted and rank() == 0:
+        check_finite(features, Path(out) / f"{name}.npy", "features", rows=8192)
+    return features, seconds
 
 
 def fill_rows(part, flags, note, todo, batch, compute, earlier):
