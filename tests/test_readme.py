@@ -288,10 +288,14 @@ ALL_COMMANDS = [pytest.param(script, argv, id=f"{name}-{script}-{k}")
 
 @pytest.mark.parametrize("script, argv", ALL_COMMANDS)
 def test_every_command_parses(script, argv, tmp_path, monkeypatch):
-    """In an empty folder, where only the source that data.py is given exists."""
+    """In an empty folder, where only what data.py is given to read exists."""
     monkeypatch.chdir(tmp_path)
     if script == "data":
         Path(argv[0]).mkdir(parents=True)
+    if script == "data" and "--indices" in argv:
+        keep = Path(argv[argv.index("--indices") + 1])
+        keep.parent.mkdir(parents=True)
+        np.save(keep, np.arange(3))
     importlib.import_module(script).parse_args(argv)
 
 
