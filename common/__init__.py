@@ -16,15 +16,22 @@ ROOMS = {
     "errors": "UserError need reading user_errors machine_errors",
     "processes": "world rank get_device dist_timeout single_process barrier all_reduce shard "
                  "from_rank0 gather log progress",
+    "workers": "open_pool work_ahead",
     "cli": "Parser number count batch_type seed_type add_run_flags add_list_flag",
     "files": "atomic sweep need_disk free_for_output allocate write_at save_npy save_pt save_text "
              "save_json load_npy load_npz load_pt load_json load_record load_lines fields "
              "check_kinds check_finite sound_rows named_twice sha256",
-    "stage": "Stage claim fill provenance",
-    "inputs": "open_data load_indices check_origin rows_by_class load_checkpoint open_checkpoint "
-              "open_encoder",
-    "loop": "AMP autocast generator lr_at optimizer_of optimizer_step BadSteps Stop",
-    "pictures": "no_bombs save_grid save_figure figure shown_classes",
+    "stage": "Stage claim fill fill_features provenance upstream record_of device_seconds",
+    "inputs": "open_data check_classes rows_by_class load_features load_scores "
+              "check_origin load_indices training_source load_class_weights load_text load_visual "
+              "open_scorer open_kept_images load_text_file "
+              "need_same load_checkpoint open_checkpoint open_encoder",
+    "loop": "AMP autocast generator random_scores fast_float32 share_out lr_at optimizer_of "
+            "backward optimizer_step",
+    "run": "Run BadSteps divergence is_due Stop",
+    "rows": "DeviceRows device_budget as_input",
+    "pictures": "no_bombs save_grid class_tiles cut_montage figure save_figure shown_classes "
+                "class_histograms",
 }
 _room_of = {name: room for room, names in ROOMS.items() for name in names.split()}
 

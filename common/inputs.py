@@ -1,5 +1,6 @@
 """What the stages read of each other: data folder, kept indices, checkpoint, encoder by name."""
 import argparse
+import math
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,8 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 
 from common.errors import UserError, need, user_errors
-from common.files import (fields, load_json, load_lines, load_npy, load_pt, load_record,
-                          save_pt)
+from common.files import (check_finite, fields, load_json, load_lines, load_npy, load_pt,
+                          load_record, save_pt)
 from common.processes import barrier, log, rank
 
 ANEW = "make the data folder again with data.py"
@@ -72,6 +73,15 @@ def load_images(path, what, shape):
     return images
 
 
+def check_classes(data, per_class=None, remedy="lower it"):
+    """Every class must hold an image, or `per_class` of them; the line names the smallest."""
+    sizes = np.bincount(data.labels, minlength=data.num_classes)
+    least = f"class {data.classes[np.argmin(sizes)]!r}"
+    need(sizes.all(), f"{data.folder}: {least} has no image; make the folder again without it")
+    need(not per_class or per_class <= sizes.min(),
+         f"--per-class {per_class}: {least} has only {sizes.min()} images; {remedy}")
+
+
 def rows_by_class(labels, num_classes):
     """[rows (n_c,) of class c, ascending]; one sort, not a pass over all labels per class."""
     order = np.argsort(labels, kind="stable")
@@ -79,7 +89,38 @@ def rows_by_class(labels, num_classes):
     return np.split(order, ends[:-1])
 
 
-# ---------------------------------------------------------------------------------------- kept sets
+# ----------------------------------------------------------------------------- scores, kept sets
+def load_features(path, data):
+    """Features (N, D) of all images made earlier: a memory map, and the seconds that they took.
+
+    The seconds stand beside the file, or are 0.
+    """
+    path = Path(path)
+    n = len(data.labels)
+    features = load_npy(path, f"features, float (N = {n}, D)", (n, None), "f")
+    check_origin(path, data)
+    need(features.shape[1], f"{path}: features of width 0; extract them again")
+    if rank() == 0:
+        check_finite(features, path, "features", rows=8192)
+    note = path.with_suffix(".seconds.json")
+    if not note.exists():
+        return features, 0.0
+    return features, load_json(note, "the seconds of the extraction", (int, float))
+
+
+def load_scores(path, data, what, dtype=np.float64, unpicked=False):
+    """A number for each image (N,) made earlier. unpicked: what was not picked may be at -inf."""
+    n = len(data.labels)
+    stored = load_npy(path, f"{what}, float (N = {n},)", (n,), "f")
+    # A number beyond float32 becomes infinite, which the next lines refuse.
+    with np.errstate(over="ignore"):
+        scores = np.array(stored, dtype)
+    finite = np.where(np.isneginf(scores), 0, scores) if unpicked else scores
+    check_finite(finite, path, what)
+    check_origin(path, data)
+    return scores
+
+
 def check_origin(path, data):
     """A file of another stage says beside it of which data set it is: another one is refused."""
     for file in Path(path).parent.glob("*.args.json"):
@@ -107,6 +148,98 @@ def load_indices(path, n, labels=None, num_classes=None):
     return keep
 
 
+def open_kept_images(folder, data, keep):
+    """The data folder whose image j is image keep[j] of `data`, as both files.txt tell."""
+    pixels = open_data(folder)
+    ours = load_lines(data.folder / "files.txt")
+    theirs = load_lines(pixels.folder / "files.txt")
+    source = data.info.get("source", "SOURCE")
+    same = (len(ours) == len(data.labels) and theirs == [ours[j] for j in keep]
+            and np.array_equal(pixels.labels, data.labels[keep]))
+    need(same, f"{folder}: its images are not the {len(keep)} of --indices, in their order; make it "
+               f"with: python data.py {source} --indices keep.npy --out {folder}")
+    return pixels
+
+
+def load_text_file(path, data):
+    """Text tokens (K, L, d) of the user's, and the mask (K, L) of FILE_mask.npy, or of all tokens."""
+    what = f"text tokens, float (K = {data.num_classes}, L, d)"
+    tokens = np.array(load_npy(path, what, (data.num_classes, None, None), "f"))
+    need(tokens.size, f"{path}: shape {tokens.shape}: no token at all; text tokens must be (K, L, d)")
+    beside = path.with_name(f"{path.stem}_mask.npy")
+    if not beside.exists():
+        return tokens, np.ones(tokens.shape[:2], bool)
+    mask = np.array(load_npy(beside, f"text mask, bool {tokens.shape[:2]}", tokens.shape[:2], "b"))
+    empty = ~mask.any(1)                                                 # (K,)
+    need(not empty.any(), f"{beside}: masks every token of class {data.classes[np.argmax(empty)]!r}; "
+                          "each class needs one")
+    return tokens, mask
+
+
+# ------------------------------------------------------------------------------ for the training
+def training_source(data):
+    """(latents or images, channels, side) of what a network is trained on."""
+    if data.latents is None:
+        _, h, w, channels = data.images.shape
+        source = data.images
+    else:
+        _, double, h, w = data.latents.shape         # mean and std of each channel
+        source = data.latents
+        channels = double // 2
+    need(h == w, f"{data.folder}: images are not square {source.shape}; make them so with data.py "
+                 "--size")
+    return source, channels, h
+
+
+def need_same(path, known, mine, ours, remedy="its weights would mean something else"):
+    """A checkpoint whose settings `known` differ from these is refused; `ours` names what has them."""
+    for name, value in mine.items():
+        was = known.get(name)
+        need(was == value, f"{path}: was trained with {name} = {was}, {ours} has {value}; {remedy}")
+
+
+def load_class_weights(path, data):
+    """weights.npy of reweight.py, float64 (K,)."""
+    check_origin(path, data)
+    what = f"class weights, float32 ({data.num_classes},)"
+    w = np.array(load_npy(path, what, (data.num_classes,), "f"), np.float64)
+    need(np.isfinite(w).all() and (w >= 0).all() and w.any(),
+         f"{path}: weights must be finite, not negative and not all zero; run reweight.py again")
+    return w
+
+
+def load_text(folder, num_classes):
+    """Text tokens (K, L, d) and mask (K, L) of attach.py, or (None, None) where it made none."""
+    if not (folder / "text.npy").exists():
+        return None, None
+    shape = (num_classes, None, None)
+    text = np.array(load_npy(folder / "text.npy", "text tokens, float16 (K, L, d)", shape, "f"))
+    mask = load_npy(folder / "text_mask.npy", "text mask, bool (K, L)", text.shape[:2], "b")
+    check_finite(text, folder / "text.npy", "text tokens")
+    return text, np.array(mask)
+
+
+def load_visual(folder, m):
+    """Visual tokens float16 (M, [2,] T, d) of attach.py, a memory map, or None where it made none.
+
+    The first rows are looked at; the others are when they are read.
+    """
+    path = folder / "visual.npy"
+    if not path.exists():
+        return None
+    visual = load_npy(path, "visual tokens, float16 (M, [2,] tokens, d)", None, "f")
+    shape = visual.shape
+    sides = shape[1:-2]                              # () or, with flips, (2,)
+    need(len(shape) in (3, 4) and shape[0] == m and sides in ((), (2,)) and 0 not in shape,
+         f"{path}: shape {shape}, but {m} kept images need ({m}, tokens, d), or ({m}, 2, tokens, "
+         "d) with flips; run attach.py again")
+    check_finite(visual[:4096], path, "visual tokens")
+    tokens = shape[-2]
+    need(math.isqrt(tokens) ** 2 == tokens,
+         f"{path}: {tokens} tokens do not make a square grid; run attach.py again")
+    return visual
+
+
 # ---------------------------------------------------------------------------------------- networks
 def load_checkpoint(path, official=None):
     """A checkpoint dict; official weights ('dit', 'sit') as train.py would have written them.
@@ -132,6 +265,41 @@ def open_checkpoint(path, official=None):
         return state, *from_checkpoint(state)
     except ValueError as e:
         raise UserError(f"{path}: {e}") from e
+
+
+def open_scorer(path, data, official=None):
+    """(model, process, scale or None) of a checkpoint that can score the images of a data folder.
+
+    scale: by which it wants the latents; None where it takes pixels. Official weights name no
+    classes: theirs are taken to be in the order of the folder.
+    """
+    state, model, process = open_checkpoint(path, official)
+    known = state["args"]
+    wants = (model.channels, model.size, model.size)                     # (C, H, W)
+    has = {}
+    if data.images is not None:
+        has["images"] = (data.images.shape[3], *data.images.shape[1:3])
+    if data.latents is not None:
+        has["latents"] = (data.latents.shape[1] // 2, *data.latents.shape[2:])
+    held = " and ".join(f"{name} {shape}" for name, shape in has.items())
+    need(wants in has.values(), f"{path}: a model of {wants}, but {data.folder} has {held}; use another")
+    need(model.num_classes == data.num_classes,
+         f"{path}: a model of {model.num_classes} classes, but {data.folder} has {data.num_classes}; "
+         "use another checkpoint")
+    scale = None
+    if wants == has.get("latents"):
+        note = data.folder / "latents.json"
+        scale = load_json(note, "the description of the latents")["scale"]
+        was = known.get("latent_scale")
+        need(was in (None, scale), f"{path}: was trained on latents x {was}, {note} says {scale}: encode "
+                                   "anew")
+    classes = known.get("classes")
+    if classes not in (None, data.classes):
+        log(f"warning: {path} names its classes otherwise ({classes[0]!r} ..., not "
+            f"{data.classes[0]!r} ...)")
+    need(all(p.isfinite().all() for p in model.parameters()),
+         f"{path}: its weights hold NaN or infinity; use a checkpoint of a run that did not diverge")
+    return model, process, scale
 
 
 def open_encoder(name, data, device, weights=None):

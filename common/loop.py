@@ -1,17 +1,13 @@
-"""What trainer and proxy share: seeds, precision, the optimizer and its step, signals."""
+"""One step of trainer and proxy: seeds, precision, the optimizer. Their runs: common/run.py."""
 import math
-import signal
-import sys
 import zlib
 
 import numpy as np
 import torch
 import torch.nn as nn
 
-from common.errors import need
-from common.processes import all_reduce, log
+from common.processes import world
 
-MAX_BAD_STEPS = 20                                    # non-finite steps in a row before a run stops
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -22,10 +18,35 @@ def generator(seed, *key, device="cpu"):
     return torch.Generator(device).manual_seed(int(state >> np.uint64(1)))
 
 
+def random_scores(seed, n):
+    """A random number in [0, 1) for each of n images, float64 (n,), by which a random set is kept.
+
+    The highest are kept first, so that a larger set holds every smaller one of the same seed.
+    """
+    g = generator(seed, "random score")
+    return torch.rand(n, dtype=torch.float64, generator=g).numpy()
+
+
 def autocast(device, amp):
     """The autocast context of `--amp bf16|fp16|none`."""
     dtype = AMP[amp]
     return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+def fast_float32():
+    """On a GPU float32 may round as TF32 does, and cuDNN looks for its fastest kernels."""
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True
+
+
+def share_out(net, device):
+    """The network under DistributedDataParallel, where there are several processes."""
+    if world() == 1:
+        return net
+    ids = [device.index] if device.type == "cuda" else None
+    # No buffers to broadcast: the text table never changes.
+    return nn.parallel.DistributedDataParallel(net, device_ids=ids, broadcast_buffers=False)
 
 
 def lr_at(step, lr, warmup, schedule, steps):
@@ -39,10 +60,10 @@ def lr_at(step, lr, warmup, schedule, steps):
 
 
 def optimizer_of(net, lr, device, amp):
-    """AdamW without weight decay, and its scaler.
+    """AdamW without weight decay, and its scaler, which leaves out a step that is not finite.
 
-    One path for every precision: the scaler skips a non-finite step inside the fused kernel, without waiting
-    for the device. Only fp16 scales.
+    One path for every precision: the fused kernel does so without waiting for the device. Only
+    fp16 is scaled.
     """
     params = [p for p in net.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
@@ -51,11 +72,19 @@ def optimizer_of(net, lr, device, amp):
     return optimizer, scaler
 
 
-def optimizer_step(optimizer, scaler, net, grad_clip, amp):
-    """Unscale, clip, step, clear. Returns the gradient's norm before clipping, a tensor on the device.
+def backward(scaler, loss):
+    """Gradients of a loss. One that is not finite makes them NaN, so that its step is left out."""
+    # An infinite loss can have finite gradients, and the step would be taken.
+    loss = loss * torch.where(loss.detach().isfinite(), 1, math.nan)
+    scaler.scale(loss).backward()
+
+
+def optimizer_step(optimizer, scaler, net, lr, grad_clip, amp):
+    """One step at this learning rate. Returns the gradient's norm, a tensor on the device.
 
     grad_clip: the largest norm, 0 for none. A step whose norm is not finite changes no weight.
     """
+    optimizer.param_groups[0]["lr"] = lr
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(net.parameters(), grad_clip or math.inf)
     scaler.step(optimizer)
@@ -63,58 +92,3 @@ def optimizer_step(optimizer, scaler, net, grad_clip, amp):
     scaler.update(None if amp == "fp16" else 1.0)
     optimizer.zero_grad(set_to_none=True)
     return norm
-
-
-class BadSteps:
-    """Counts the steps whose loss or gradient was not finite, in a row and in all.
-
-    On the device, so that counting waits for nothing; `refuse` and `in_a_row` wait for it.
-    """
-
-    def __init__(self, device, before=0):
-        self.counts = torch.tensor([0, before], device=device)        # in a row, in all
-
-    def add(self, norm):
-        """Note the gradient norm of one step; returns whether it was finite, a bool tensor."""
-        finite = norm.isfinite()
-        self.counts[0] = torch.where(finite, 0, self.counts[0] + 1)
-        self.counts[1] += ~finite
-        return finite
-
-    def in_a_row(self):
-        return int(self.counts[0])
-
-    def in_all(self):
-        return int(self.counts[1])
-
-    def refuse(self, out, done, last, stands=""):
-        """UserError when the run has diverged; stands: what is left of it, in words."""
-        row = self.in_a_row()
-        # One or two are fp16 finding its scale, and the weights are sound.
-        sound = row <= 2 if last else row < MAX_BAD_STEPS
-        need(sound, f"{out}: {row} steps in a row had a non-finite loss or gradient, up to step {done}; {stands}"
-                    "check the data, lower --lr, or use --amp bf16 or none")
-
-
-class Stop:
-    """SIGTERM finishes the step, saves, and ends the process with 143."""
-
-    def __init__(self):
-        self.asked = 0
-        signal.signal(signal.SIGTERM, self._ask)
-
-    def _ask(self, *_):
-        self.asked += 1
-
-    def asked_on_any_rank(self):
-        """True on every rank as soon as one was told to stop: all must leave after the same step.
-
-        A tensor of the CPU: the device is not waited for.
-        """
-        return bool(all_reduce(torch.tensor(self.asked)))
-
-    def leave(self, done):
-        """Say so and end the process."""
-        log(f"stopped by SIGTERM at step {done}; run the same command again to go on")
-        sys.stdout.flush()
-        sys.exit(143)

@@ -1,0 +1,79 @@
+"""Rows of an array that may be too large for memory, on the device and read ahead of time."""
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from common.files import sound_rows
+from models.diffusion import sample_latents, to_pixels
+
+
+class DeviceRows:
+    """The rows `keep` of a (memory-mapped) array on the device.
+
+    All are resident where they fit into `budget` bytes, else a background thread gathers them
+    ahead of time. Every row is looked at as it is read: one NaN among latents would spoil each step
+    that draws it. UserError names the row.
+    """
+
+    def __init__(self, array, keep, device, budget):
+        self.array = array
+        self.keep = keep
+        self.device = device
+        self.size = array[:1].nbytes * len(keep)
+        self.resident = self.size <= budget
+        if not self.resident:
+            self.pool = ThreadPoolExecutor(1)
+            self.next = (None, None)                 # rows asked for ahead, and their future
+            return
+        dtype = torch.from_numpy(array[:1].copy()).dtype
+        self.data = torch.empty((len(keep), *array.shape[1:]), dtype=dtype, device=device)
+        for lo in range(0, len(keep), 4096):
+            self.data[lo:lo + 4096] = self._read(keep[lo:lo + 4096]).to(device)
+
+    def _read(self, rows):
+        file = getattr(self.array, "filename", "input")
+        return sound_rows(torch.from_numpy(self.array[rows]), rows, file)
+
+    def _gather(self, rows):
+        values = self._read(self.keep[rows.numpy()])
+        return values.pin_memory() if self.device.type == "cuda" else values
+
+    def get(self, rows, ahead=None):
+        """Places (b,) in `keep`, int64 on the CPU -> (b, ...); ahead: the places asked for next."""
+        if self.resident:
+            return self.data[rows.to(self.device, non_blocking=True)]
+        asked, future = self.next
+        if asked == rows.numpy().tobytes():
+            values = future.result()
+        else:
+            values = self._gather(rows)
+        if ahead is not None:
+            self.next = (ahead.numpy().tobytes(), self.pool.submit(self._gather, ahead))
+        return values.to(self.device, non_blocking=True)
+
+
+def device_budget(device):
+    """Bytes that data may take: 60 % of the free memory of a GPU, of a CPU's memory a quarter.
+
+    The processes of one machine share the latter.
+    """
+    if device.type == "cuda":
+        return 0.6 * torch.cuda.mem_get_info(device)[0]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return 0.25 * memory / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def as_input(x, latent_scale, post, mirrored=None):
+    """Rows as stored -> (n, C, H, W) as a network sees them.
+
+    Pixels uint8 (n, H, W, C), or latents (n, 2C, H, W), of which post (n, C, H, W) makes a draw that
+    latent_scale multiplies. mirrored (n,) bool: these are turned round.
+    """
+    if latent_scale is None:
+        x = to_pixels(x)
+    else:
+        x = sample_latents(x, latent_scale, post)
+    if mirrored is not None:
+        x = torch.where(mirrored.view(-1, 1, 1, 1), x.flip(-1), x)
+    return x.contiguous(memory_format=torch.channels_last)
