@@ -18,6 +18,7 @@ import torch
 
 import common
 from models.build import build, from_checkpoint
+from models.diffusion import sample_latents, to_pixels
 from models.sit import SiT
 import train
 from conftest import make_data, published_loss
@@ -82,10 +83,10 @@ def crash_at(monkeypatch, step):
     """A context in which the loop raises at `step`, as a killed process stops there."""
     real = common.lr_at
 
-    def lr_at(n, a):
+    def lr_at(n, *rest):
         if n == step:
             raise Crash
-        return real(n, a)
+        return real(n, *rest)
     m = pytest.MonkeyPatch.context()
     inner = m.__enter__()
     inner.setattr(common, "lr_at", lr_at)
@@ -213,24 +214,24 @@ def test_resampling_draws_classes_with_their_probabilities():
 
 
 def test_processes_of_one_machine_share_its_memory(monkeypatch):
-    alone = train.device_budget(torch.device("cpu"))
+    alone = common.device_budget(torch.device("cpu"))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert train.device_budget(torch.device("cpu")) == alone / 4 > 0
+    assert common.device_budget(torch.device("cpu")) == alone / 4 > 0
 
 
 def test_a_resume_holds_one_checkpoint_at_a_time(tiny_data, tmp_path, monkeypatch):
     """That of a large network is 10 GB, in every process."""
     run(tiny_data, tmp_path / "a", steps=2)
     (tmp_path / "a" / "loss.png").unlink()                            # as a call that was killed at its end
-    calls, load = [], common.load_pt
-    monkeypatch.setattr(common, "load_pt", lambda path, *a, **kw: calls.append(Path(path).name) or load(path, *a, **kw))
+    calls, load = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda path, *a, **kw: calls.append(Path(path).name) or load(path, *a, **kw))
     train.main(argv(tiny_data, tmp_path / "a", steps=2))
     assert calls == ["last.pt"] and (tmp_path / "a" / "loss.png").exists()
 
 
 def test_rows_from_disk_equal_resident_rows(tiny_data):
     images, keep = np.load(tiny_data / "images.npy", mmap_mode="r"), np.array([3, 4, 9, 20, 49])
-    a, b = (train.Rows(images, keep, torch.device("cpu"), budget) for budget in (1 << 30, 0))
+    a, b = (common.DeviceRows(images, keep, torch.device("cpu"), budget) for budget in (1 << 30, 0))
     assert a.resident and not b.resident
     asked = [torch.randint(5, (8,)) for _ in range(12)]
     for k, rows in enumerate(asked[:-1]):
@@ -259,7 +260,7 @@ def test_a_subset_smaller_than_the_batch_trains_every_step_and_image_alike(tiny_
     state = run(tiny_data, tmp_path / "a", indices=tmp_path / "keep.npy", label_drop=0)
     assert state["step"] == 6 == len(seen) and state["images_seen"] == 48
     x, _, _, y = (torch.cat(v) for v in zip(*seen))
-    wanted = train.to_pixels(torch.from_numpy(images[keep]))
+    wanted = to_pixels(torch.from_numpy(images[keep]))
     which = (x[:, None] == wanted[None]).flatten(2).all(2)                 # (48, 3)
     assert which.sum(0).tolist() == [16, 16, 16] and (torch.from_numpy(labels[keep])[which.int().argmax(1)] == y).all()
     record = json.loads((tmp_path / "a/train.args.json").read_text())
@@ -317,12 +318,12 @@ def test_the_loop_equals_plain_code(weights, tiny_data, tmp_path, seen):
 
 
 def test_lr_at():
-    a = train.argparse.Namespace(lr=2.0, warmup=4, steps=10, schedule="constant")
-    assert [common.lr_at(n, a) for n in range(6)] == [0.5, 1, 1.5, 2, 2, 2]
-    a.schedule, a.warmup = "cosine", 0
-    assert common.lr_at(0, a) == 2 and common.lr_at(5, a) == pytest.approx(1) and common.lr_at(10, a) == pytest.approx(0, abs=1e-12)
-    a.warmup = 10
-    assert common.lr_at(4, a) == pytest.approx(0.5 * (1 + np.cos(0.4 * np.pi)))
+    flags = dict(lr=2.0, warmup=4, steps=10, schedule="constant")
+    assert [common.lr_at(n, **flags) for n in range(6)] == [0.5, 1, 1.5, 2, 2, 2]
+    flags.update(schedule="cosine", warmup=0)
+    assert common.lr_at(0, **flags) == 2 and common.lr_at(5, **flags) == pytest.approx(1) and common.lr_at(10, **flags) == pytest.approx(0, abs=1e-12)
+    flags["warmup"] = 10
+    assert common.lr_at(4, **flags) == pytest.approx(0.5 * (1 + np.cos(0.4 * np.pi)))
 
 
 def test_accumulation_changes_rounding_only(tiny_data, tmp_path, seen):
@@ -535,7 +536,7 @@ def test_visual_tokens_belong_to_their_image_and_its_orientation(both, tiny_data
     # a preset's flips give way
     state = run(tiny_data, tmp_path / "a", *(["--flips"] if both else ["--preset", "cifar10", "--amp", "none"]), attach=attach, steps=4, accumulate=2)
     x, v = (torch.cat(p) for p in zip(*pairs))
-    pixels = train.to_pixels(torch.from_numpy(np.load(tiny_data / "images.npy")[keep]))
+    pixels = to_pixels(torch.from_numpy(np.load(tiny_data / "images.npy")[keep]))
     mirrored = (x[:, 0, :, -1] == 1).all(1)
     assert mirrored.any() == both and not mirrored.all()
     assert torch.equal(torch.where(mirrored.view(-1, 1, 1, 1), x.flip(-1), x), pixels[v[:, 0, 0].long()])
@@ -592,7 +593,7 @@ def test_latents_are_fresh_draws_at_the_right_scale(tmp_path, seen, capsys):
     about = {"vae": "x", "scale": 0.18215, "mean": 0.18215 * mean.mean(), "std": 0.18215 * np.sqrt(mean.var() + (std**2).mean())}
     (data / "latents.json").write_text(json.dumps(about))
     noise = rng.normal(size=(50, 4, 8, 8)).astype(np.float32)
-    got = train.sample_latents(torch.from_numpy(z), 0.18215, torch.from_numpy(noise)).numpy()
+    got = sample_latents(torch.from_numpy(z), 0.18215, torch.from_numpy(noise)).numpy()
     assert np.abs(got - 0.18215 * (z[:, :4].astype(np.float32) + z[:, 4:].astype(np.float32) * noise)).max() < 1e-6
     assert "mirrored" in refused(capsys, data, tmp_path / "r", "--flips", preset="digits")
     flags = dict(preset="digits", steps=50, checkpoint_every=0, log_every=50)
@@ -654,9 +655,9 @@ def test_official_start_weights_begin_with_the_official_loss(kind, tmp_path, mon
     assert "--official dit or --official sit" in refused(capsys, data, tmp_path / "b", **flags)
     assert "give --init" in refused(capsys, data, tmp_path / "b", official=kind, **{**flags, "init": None})
     other = {**flags, "process": {"dit": "flow", "sit": "ddpm"}[kind]}
-    assert "was trained with --process" in refused(capsys, data, tmp_path / "b", official=kind, **other)
+    assert "was trained with process" in refused(capsys, data, tmp_path / "b", official=kind, **other)
     (data / "latents.json").write_text(json.dumps({"scale": 0.5, "mean": 0.5 * mean.mean(), "std": 0.5 * np.sqrt(mean.var() + 0.01)}))
-    assert "latents x 0.18215" in refused(capsys, data, tmp_path / "b", official=kind, **flags)
+    assert "latent_scale = 0.18215" in refused(capsys, data, tmp_path / "b", official=kind, **flags)
 
 
 def test_a_row_that_is_not_finite_is_named_when_it_is_read():
@@ -665,10 +666,10 @@ def test_a_row_that_is_not_finite_is_named_when_it_is_read():
     keep, cpu = np.array([1, 3, 7, 8]), torch.device("cpu")
     for budget, rows in ((1e9, None), (0, torch.tensor([0, 2]))):     # resident, and gathered ahead of the step
         with pytest.raises(common.UserError, match="NaN or infinity in row 7"):
-            images = train.Rows(z, keep, cpu, budget)
+            images = common.DeviceRows(z, keep, cpu, budget)
             images.get(torch.tensor([0, 1]), rows)
             images.get(rows)
-        assert train.Rows(z, keep[[0, 1, 3]], cpu, budget).get(torch.tensor([2])).shape == (1, 2, 2, 2)
+        assert common.DeviceRows(z, keep[[0, 1, 3]], cpu, budget).get(torch.tensor([2])).shape == (1, 2, 2, 2)
 
 
 # ---------------------------------------------------------------------------------------------- command lines
@@ -678,12 +679,12 @@ def test_every_flag_is_used_by_some_code(script, monkeypatch):
     flags = []
 
     def capture(self, *a, **k):
-        flags.extend(x.dest for x in self._actions if x.dest not in ("help",))
+        flags.extend(x.dest for x in self._actions if x.dest not in ("help", "list", "overwrite"))      # common.Stage reads the last
         raise Crash
     monkeypatch.setattr(common.Parser, "parse_args", capture)
     with pytest.raises(Crash):
         importlib.import_module(script).parse_args([])
-    source = (ROOT / f"{script}.py").read_text() + (ROOT / "common.py").read_text()      # common.lr_at(step, a) reads flags too
+    source = (ROOT / f"{script}.py").read_text()
     body = re.sub(r"def parse_args.*?(?=\n\S)", "", source, flags=re.S)
     assert flags and "def parse_args" not in body
     assert [f for f in flags if not re.search(rf"\b(a|args)\.{f}\b", body)] == []
