@@ -15,6 +15,7 @@ import common
 from models.build import build, from_checkpoint
 import reweight
 from conftest import published_loss
+from models import diffusion
 from models.sit import SiT
 from reweight import class_excess, class_weights, dro_path, dro_update, permuted_null, uniform_rows
 
@@ -255,8 +256,8 @@ def test_theta_step_is_the_self_normalised_weighted_loss(kit, monkeypatch):
         grads.append([None if p.grad is None else p.grad.clone() for p in params])
         return real(params, limit)
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
-    seen, loss = [], reweight.diffusion_loss
-    monkeypatch.setattr(reweight, "diffusion_loss", lambda *x: (seen.append(x), loss(*x))[1])
+    seen, loss = [], diffusion.diffusion_loss
+    monkeypatch.setattr(diffusion, "diffusion_loss", lambda *x: (seen.append(x), loss(*x))[1])
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *x, **k: None)                        # theta stays: both losses can be taken again
     out = run(kit, "gradient", "--steps", 2, "--burn-in", 0, "--eta", 5)
     r = load(out)
@@ -290,8 +291,8 @@ def test_latents_and_indices(kit, monkeypatch):
     (data / "latents.json").write_text('{"scale": 0.5}')
     ref = make_reference(root / "latent.pt", data, latents=True, latent_scale=0.5, flips=False)
     np.save(root / "keep.npy", np.r_[0:5, 10:20, 25:30])
-    seen, real = [], reweight.sample_latents
-    monkeypatch.setattr(reweight, "sample_latents", lambda x, *rest: (seen.append(x), real(x, *rest))[1])
+    seen, real = [], diffusion.sample_latents
+    monkeypatch.setattr(common.rows, "sample_latents", lambda x, *rest: (seen.append(x), real(x, *rest))[1])
     r = load(run((root, ref), "latent", "--data", data, "--indices", root / "keep.npy"))
     z, keep = np.load(data / "latents.npy"), np.load(root / "keep.npy")
     for x, y in zip(torch.cat(seen).numpy(), r["excess"][:, 1].flatten()):                            # only kept images, each with its own label
@@ -311,7 +312,7 @@ def test_warnings(kit, capsys):
     (["--indices", "BAD_INDICES"], "0..59"), (["--indices", "NO_CAT"], "class 2 keeps no image"), (["--reference", "OTHER_DATA"], "other_sha"),
     (["--reference", "OTHER_CLASSES"], "num_classes"), (["--reference", "OTHER_SIZE"], "size"), (["--reference", "OTHER_CHANNELS"], "channels"),
     (["--reference", "NOT_A_CKPT"], "not a checkpoint"), (["--proxy-init", "OTHER_CLASSES"], "does not fit the proxy"),
-    (["--proxy-init", "OTHER_PROCESS"], "process = ddpm, the reference with flow"),
+    (["--proxy-init", "OTHER_PROCESS"], "process = ddpm, the reference has flow"),
     (["--reference", "WORD_FOR_LR"], "'lr' is a str"), (["--reference", "NEW_AMP"], "amp = 'fp4'"), (["--reference", "NO_WARMUP"], "does not say with which warmup"),
     (["--proxy-model", "SiT-T/8"], "patch size 8"), (["--out", "A_FILE"], "a file stands")])
 def test_bad_input(kit, flags, says, capsys):
@@ -338,7 +339,7 @@ def without(path, setting):
     torch.save(state, path)
 
 
-@pytest.mark.parametrize("lr, says", [(0.3, "it has diverged; lower --lr"), (1e4, "had a non-finite loss or gradient, up to 6; lower --lr")])
+@pytest.mark.parametrize("lr, says", [(0.3, "it has diverged; lower --lr"), (1e4, "had a non-finite loss or gradient, up to step 6; lower --lr")])
 def test_a_proxy_that_diverges_stops(lr, says, kit, capsys):
     """A loss far beyond that of a network which predicts nothing, finite or not: weights made of it would look like any others."""
     with pytest.raises(SystemExit) as e:
@@ -348,12 +349,12 @@ def test_a_proxy_that_diverges_stops(lr, says, kit, capsys):
 
 
 def test_skipped_steps_are_counted(kit, monkeypatch, capsys):
-    real, calls = reweight.diffusion_loss, []
+    real, calls = diffusion.diffusion_loss, []
 
     def nan_in_the_second_step(*a):
         calls.append(1)
         return real(*a) * (float("nan") if len(calls) == 4 else 1)    # two calls a step: the reference, then the proxy
-    monkeypatch.setattr(reweight, "diffusion_loss", nan_in_the_second_step)
+    monkeypatch.setattr(diffusion, "diffusion_loss", nan_in_the_second_step)
     out = run(kit, "skipped")
     assert "1 steps skipped" in capsys.readouterr().out and json.loads((out / "reweight.args.json").read_text())["skipped"] == 1
     assert common.load_pt(out / "proxy.pt")["skipped"] == 1 and np.isfinite(load(out)["weights"]).all()
@@ -381,7 +382,7 @@ def test_class_with_irreducible_noise_is_not_upweighted(tmp_path):
     g = torch.Generator().manual_seed(0)
     x = torch.from_numpy(np.load(tmp_path / "data" / "images.npy")).permute(0, 3, 1, 2).float() / 127.5 - 1
     u, eps = torch.rand(len(x), generator=g), torch.randn(x.shape, generator=g)
-    loss = reweight.diffusion_loss(process, model, x, u, eps, torch.from_numpy(labels)).numpy()
+    loss = diffusion.diffusion_loss(process, model, x, u, eps, torch.from_numpy(labels)).numpy()
     losses = [loss[labels == k].mean() for k in range(3)]
     assert losses[0] > 1.3 * max(losses[1:])                          # hard for the reference ...
     flags += ["--reference", str(tmp_path / "run" / "last.pt"), "--eta", "0.05", "--steps", "400", "--burn-in", "150"]
@@ -403,12 +404,12 @@ def test_an_official_reference(kind, kit, monkeypatch, capsys):
     for p in net.parameters():
         p.data += 0.05 * torch.randn_like(p)
     torch.save({"ema": net.state_dict(), "opt": {}}, root / "official.pt")
-    calls, real = [], reweight.diffusion_loss
+    calls, real = [], diffusion.diffusion_loss
 
     def record(process, model, x, u, eps, y):
         calls.append((x, u, eps, y, real(process, model, x, u, eps, y)))
         return calls[-1][-1]
-    monkeypatch.setattr(reweight, "diffusion_loss", record)
+    monkeypatch.setattr(diffusion, "diffusion_loss", record)
     flags = ["--data", data, "--official", kind, "--proxy-model", "SiT-T/2"]
     out = run((root, root / "official.pt"), f"official_{kind}", *flags, "--steps", 3, "--batch-size", 8)
     x, u, eps, y, loss = calls[0]                                     # the reference is asked first
