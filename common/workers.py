@@ -1,0 +1,58 @@
+"""Worker processes of one machine: they end with the process that started them, however it ends."""
+import collections
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+
+from common.errors import UserError
+
+
+def start_worker():
+    """Signals belong to the main process; a worker goes when its main process was killed."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = os.getppid()
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@contextlib.contextmanager
+def open_pool(workers):
+    """An executor of so many processes, or of one thread instead of one; it ends with the block."""
+    if workers == 1:
+        pool = ThreadPoolExecutor(1)
+    else:
+        # Fork: a fresh interpreter would import torch again in every worker.
+        method = "fork" if sys.platform == "linux" else None
+        pool = ProcessPoolExecutor(workers, multiprocessing.get_context(method), start_worker)
+        # All fork at the first job: now, before a progress bar starts a thread of its own.
+        pool.submit(os.getpid)
+    try:
+        yield pool
+    except BrokenProcessPool as e:
+        raise UserError("a worker process was killed, most likely for want of memory; use fewer "
+                        "--workers") from e
+    finally:
+        # What has not begun is dropped: an error or a signal waits for one job a worker at most.
+        pool.shutdown(cancel_futures=True)
+
+
+def work_ahead(pool, function, jobs, depth):
+    """Yields function(job) of each job, in order; the pool is at most `depth` jobs ahead."""
+    waiting = collections.deque()
+    for job in jobs:
+        waiting.append(pool.submit(function, job))
+        if len(waiting) > depth:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
