@@ -6,6 +6,7 @@ while an output, or a part of one, stands. So nothing has to be undone after an 
 """
 import contextlib
 import fcntl
+import functools
 import json
 import math
 import os
@@ -224,13 +225,16 @@ class Stage:
 
 
 # ------------------------------------------------------------------------------------- row by row
-def fill(out, name, shape, dtype, batch, compute):
+def fill(out, name, shape, dtype, batch, compute, stream=False):
     """OUT/name.npy of `shape`, row by row: compute(rows (b,)) -> (b, ...).
 
     Every process does its part; what an interrupted call did is kept, also under another number of
-    processes. batch: rows at once, over all processes. Returns (read-only memory map, seconds of
-    all processes together for the whole of it).
+    processes. batch: rows at once, over all processes. stream: compute takes all that is to come,
+    [rows (b,), ...], and yields the values of each, so that it can work ahead. Returns (read-only
+    memory map, seconds of all processes together for the whole of it).
     """
+    if not stream:
+        compute = functools.partial(map, compute)
     final = Path(out) / f"{name}.npy"
     part = final.with_suffix(".part.npy")
     flags = final.with_suffix(".done.npy")
@@ -308,9 +312,9 @@ def fill_rows(part, flags, note, todo, batch, compute, earlier):
     start = noted = time.time()
     with (open(part, "rb+", 0) as rows, open(flags, "rb+", 0) as marks,
           progress(total=len(todo), desc=part.name.split(".")[0], delay=2) as bar):
-        for k in range(0, len(todo), batch):
-            ids = todo[k:k + batch]
-            values = np.ascontiguousarray(compute(ids), head.dtype)
+        batches = [todo[k:k + batch] for k in range(0, len(todo), batch)]
+        for ids, values in zip(batches, compute(batches)):
+            values = np.ascontiguousarray(values, head.dtype)
             values = values.reshape(len(ids), *head.shape[1:])
             # Consecutive rows are written at once.
             gaps = np.flatnonzero(np.diff(ids) != 1) + 1
