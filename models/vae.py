@@ -34,6 +34,7 @@ class Vae:
         self.name = name
         self.scale = config["scaling_factor"]
         self.channels = config["latent_channels"]
+        # Every block but the last halves the map.
         self.factor = 2 ** (len(config["block_out_channels"]) - 1)
 
     @torch.no_grad()
@@ -41,7 +42,7 @@ class Vae:
         """(n, 3, H, W) -> mean and std of the posterior, (n, 2 channels, h, w) float32."""
         with float32(x.device):
             posterior = self.net.encode(x).latent_dist
-        return torch.cat([posterior.mean, posterior.std], dim=1)
+        return torch.cat([posterior.mean, posterior.std], dim=1)     # each (n, c, h, w)
 
     @torch.no_grad()
     def decode(self, z, batch=16):
@@ -90,7 +91,8 @@ def latent_sums(z):
 
     z is (n, 2 c, h, w) as stored. Sums of parts add up.
     """
-    mean, std = np.split(np.asarray(z, np.float64), 2, axis=1)
+    mean, std = np.split(np.asarray(z, np.float64), 2, axis=1)       # each (n, c, h, w)
+    # E (mean + std noise)^2 = mean^2 + std^2.
     return np.array([mean.size, mean.sum(), (mean**2 + std**2).sum()])
 
 
@@ -101,6 +103,7 @@ def latent_moments(sums, scale):
     """
     n, first, second = sums
     variance = second / n - (first / n) ** 2
+    # Rounding may leave a constant with a variance below zero.
     return scale * first / n, scale * math.sqrt(max(variance, 0.0))
 
 
@@ -116,7 +119,7 @@ def check_latents(latents, about, most=2048):
         raise ValueError(f"{latents.shape[1]} channels, but mean and std of the posterior make an "
                          f"even number; {AGAIN}")
     rows = np.linspace(0, len(latents) - 1, min(len(latents), most)).astype(np.int64)
-    rows = np.unique(rows)
+    rows = np.unique(rows)                           # sorted, as a memory map likes it
     sums = np.zeros(3)
     for part in np.array_split(rows, math.ceil(len(rows) / 256)):
         z = latents[part]                            # (b, 2 c, h, w)
@@ -124,6 +127,7 @@ def check_latents(latents, about, most=2048):
         sums += latent_sums(z)
     mean, std = latent_moments(sums, about["scale"])
     room = 0.1 * about["std"]
+    # For NaN neither would hold, but check_about and check_rows let none through.
     if abs(std - about["std"]) > room or abs(mean - about["mean"]) > room:
         raise ValueError(f"x {about['scale']:g} its draws have mean {mean:.4g} and std {std:.4g}, "
                          f"but latents.json beside it says {about['mean']:.4g} and "
