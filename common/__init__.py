@@ -23,11 +23,12 @@ ROOMS = {
              "check_kinds check_finite sound_rows named_twice sha256",
     "stage": "Stage claim fill fill_features provenance upstream record_of device_seconds",
     "inputs": "open_data check_classes rows_by_class load_features load_scores "
-              "check_origin load_indices training_source load_class_weights load_text load_visual "
-              "open_scorer open_kept_images load_text_file "
-              "need_same load_checkpoint open_checkpoint open_encoder",
+              "check_origin load_indices open_kept_images load_text_file load_checkpoint "
+              "open_checkpoint open_scorer open_encoder",
     "loop": "AMP autocast generator random_scores fast_float32 share_out lr_at optimizer_of "
             "backward optimizer_step",
+    "training": "training_source load_class_weights load_text load_visual need_same "
+                "need_trained_on inherit_flags",
     "run": "Run BadSteps divergence is_due Stop",
     "rows": "DeviceRows device_budget as_input",
     "pictures": "no_bombs save_grid class_tiles cut_montage figure save_figure shown_classes "

@@ -1,6 +1,5 @@
 """What the stages read of each other: data folder, kept indices, checkpoint, encoder by name."""
 import argparse
-import math
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -156,88 +155,25 @@ def open_kept_images(folder, data, keep):
     source = data.info.get("source", "SOURCE")
     same = (len(ours) == len(data.labels) and theirs == [ours[j] for j in keep]
             and np.array_equal(pixels.labels, data.labels[keep]))
-    need(same, f"{folder}: its images are not the {len(keep)} of --indices, in their order; make it "
-               f"with: python data.py {source} --indices keep.npy --out {folder}")
+    need(same, f"{folder}: its images are not the {len(keep)} of --indices, in their order; make "
+               f"it with: python data.py {source} --indices keep.npy --out {folder}")
     return pixels
 
 
 def load_text_file(path, data):
-    """Text tokens (K, L, d) of the user's, and the mask (K, L) of FILE_mask.npy, or of all tokens."""
+    """Text tokens (K, L, d) of the user's, and FILE_mask.npy (K, L) or, without it, all true."""
     what = f"text tokens, float (K = {data.num_classes}, L, d)"
     tokens = np.array(load_npy(path, what, (data.num_classes, None, None), "f"))
-    need(tokens.size, f"{path}: shape {tokens.shape}: no token at all; text tokens must be (K, L, d)")
+    need(tokens.size, f"{path}: shape {tokens.shape}: no token at all, but text tokens must be "
+                      "(K, L, d)")
     beside = path.with_name(f"{path.stem}_mask.npy")
     if not beside.exists():
         return tokens, np.ones(tokens.shape[:2], bool)
     mask = np.array(load_npy(beside, f"text mask, bool {tokens.shape[:2]}", tokens.shape[:2], "b"))
     empty = ~mask.any(1)                                                 # (K,)
-    need(not empty.any(), f"{beside}: masks every token of class {data.classes[np.argmax(empty)]!r}; "
-                          "each class needs one")
+    need(not empty.any(), f"{beside}: masks every token of class "
+                          f"{data.classes[np.argmax(empty)]!r}; each class needs one")
     return tokens, mask
-
-
-# ------------------------------------------------------------------------------ for the training
-def training_source(data):
-    """(latents or images, channels, side) of what a network is trained on."""
-    if data.latents is None:
-        _, h, w, channels = data.images.shape
-        source = data.images
-    else:
-        _, double, h, w = data.latents.shape         # mean and std of each channel
-        source = data.latents
-        channels = double // 2
-    need(h == w, f"{data.folder}: images are not square {source.shape}; make them so with data.py "
-                 "--size")
-    return source, channels, h
-
-
-def need_same(path, known, mine, ours, remedy="its weights would mean something else"):
-    """A checkpoint whose settings `known` differ from these is refused; `ours` names what has them."""
-    for name, value in mine.items():
-        was = known.get(name)
-        need(was == value, f"{path}: was trained with {name} = {was}, {ours} has {value}; {remedy}")
-
-
-def load_class_weights(path, data):
-    """weights.npy of reweight.py, float64 (K,)."""
-    check_origin(path, data)
-    what = f"class weights, float32 ({data.num_classes},)"
-    w = np.array(load_npy(path, what, (data.num_classes,), "f"), np.float64)
-    need(np.isfinite(w).all() and (w >= 0).all() and w.any(),
-         f"{path}: weights must be finite, not negative and not all zero; run reweight.py again")
-    return w
-
-
-def load_text(folder, num_classes):
-    """Text tokens (K, L, d) and mask (K, L) of attach.py, or (None, None) where it made none."""
-    if not (folder / "text.npy").exists():
-        return None, None
-    shape = (num_classes, None, None)
-    text = np.array(load_npy(folder / "text.npy", "text tokens, float16 (K, L, d)", shape, "f"))
-    mask = load_npy(folder / "text_mask.npy", "text mask, bool (K, L)", text.shape[:2], "b")
-    check_finite(text, folder / "text.npy", "text tokens")
-    return text, np.array(mask)
-
-
-def load_visual(folder, m):
-    """Visual tokens float16 (M, [2,] T, d) of attach.py, a memory map, or None where it made none.
-
-    The first rows are looked at; the others are when they are read.
-    """
-    path = folder / "visual.npy"
-    if not path.exists():
-        return None
-    visual = load_npy(path, "visual tokens, float16 (M, [2,] tokens, d)", None, "f")
-    shape = visual.shape
-    sides = shape[1:-2]                              # () or, with flips, (2,)
-    need(len(shape) in (3, 4) and shape[0] == m and sides in ((), (2,)) and 0 not in shape,
-         f"{path}: shape {shape}, but {m} kept images need ({m}, tokens, d), or ({m}, 2, tokens, "
-         "d) with flips; run attach.py again")
-    check_finite(visual[:4096], path, "visual tokens")
-    tokens = shape[-2]
-    need(math.isqrt(tokens) ** 2 == tokens,
-         f"{path}: {tokens} tokens do not make a square grid; run attach.py again")
-    return visual
 
 
 # ---------------------------------------------------------------------------------------- networks
@@ -282,23 +218,25 @@ def open_scorer(path, data, official=None):
     if data.latents is not None:
         has["latents"] = (data.latents.shape[1] // 2, *data.latents.shape[2:])
     held = " and ".join(f"{name} {shape}" for name, shape in has.items())
-    need(wants in has.values(), f"{path}: a model of {wants}, but {data.folder} has {held}; use another")
+    need(wants in has.values(), f"{path}: a model of {wants}, but {data.folder} has {held}; use "
+                                "another")
     need(model.num_classes == data.num_classes,
-         f"{path}: a model of {model.num_classes} classes, but {data.folder} has {data.num_classes}; "
-         "use another checkpoint")
+         f"{path}: a model of {model.num_classes} classes, but {data.folder} has "
+         f"{data.num_classes}; use another checkpoint")
     scale = None
     if wants == has.get("latents"):
         note = data.folder / "latents.json"
         scale = load_json(note, "the description of the latents")["scale"]
         was = known.get("latent_scale")
-        need(was in (None, scale), f"{path}: was trained on latents x {was}, {note} says {scale}: encode "
-                                   "anew")
+        need(was in (None, scale), f"{path}: was trained on latents x {was}, {note} says {scale}: "
+                                   "encode anew")
     classes = known.get("classes")
     if classes not in (None, data.classes):
         log(f"warning: {path} names its classes otherwise ({classes[0]!r} ..., not "
             f"{data.classes[0]!r} ...)")
-    need(all(p.isfinite().all() for p in model.parameters()),
-         f"{path}: its weights hold NaN or infinity; use a checkpoint of a run that did not diverge")
+    sound = all(p.isfinite().all() for p in model.parameters())
+    need(sound, f"{path}: its weights hold NaN or infinity; use a checkpoint of a run that did not "
+                "diverge")
     return model, process, scale
 
 

@@ -42,19 +42,22 @@ def save_grid(path, images, pad=1, least=48):
         picture.resize(size, Image.NEAREST).save(tmp)
 
 
-def thumbnails(images, groups, most, side=96):
-    """Tiles uint8 (R, G, most, h, w, C): images[groups[r][g]], white where a group has fewer.
+def class_tiles(data, groups_of, most, side=96):
+    """A row of groups of images for each class shown: uint8 (R, G, most, h, w, C).
 
-    Images (N, H, W, C) of twice `side` pixels and more are thinned to a height of at least `side`.
+    groups_of(rows (n_c,)) gives the G groups of indices of a class; the rest of a group stays white.
+    Images of twice `side` pixels and more are thinned to a height of at least `side`.
     """
-    step = max(1, images.shape[1] // side)
-    shape = (len(groups), len(groups[0]), most, *images[0, ::step, ::step].shape)
-    tiles = np.full(shape, 255, np.uint8)
-    for r, row in enumerate(groups):
-        for g, group in enumerate(row):
+    step = max(1, data.images.shape[1] // side)
+    tiles = []
+    for c in shown_classes(data.num_classes):
+        groups = groups_of(np.flatnonzero(data.labels == c))
+        row = np.full((len(groups), most, *data.images[0, ::step, ::step].shape), 255, np.uint8)
+        for g, group in enumerate(groups):
             for j, i in enumerate(group):
-                tiles[r, g, j] = images[i, ::step, ::step]
-    return tiles
+                row[g, j] = data.images[i, ::step, ::step]
+        tiles.append(row)
+    return np.stack(tiles)
 
 
 def save_montage(path, tiles, row_names, group_names, title):
@@ -77,16 +80,15 @@ def save_montage(path, tiles, row_names, group_names, title):
 
 def cut_montage(path, data, scores, keep, tie, title):
     """A row per class shown: its highest images, those on both sides of the cut, its lowest."""
-    shown = shown_classes(data.num_classes)
-    groups = []
-    for c in shown:
-        rows = np.flatnonzero(data.labels == c)
+    def groups_of(rows):
         best = rows[np.lexsort((tie[rows], -scores[rows]))]              # (n_c,), highest first
         m = np.isin(best, keep).sum()
-        groups.append((best[:m][:5], best[max(0, m - 3):m + 2], best[m:][-5:]))
-    tiles = thumbnails(data.images, groups, 5)
+        return best[:m][:5], best[max(0, m - 3):m + 2], best[m:][-5:]
+
+    tiles = class_tiles(data, groups_of, 5)
+    names = [data.classes[c] for c in shown_classes(data.num_classes)]
     below = ["highest kept", "border: last 3 kept, first 2 dropped", "lowest dropped"]
-    save_montage(path, tiles, [data.classes[c] for c in shown], below, title)
+    save_montage(path, tiles, names, below, title)
 
 
 def figure(width, height):
