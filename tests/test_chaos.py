@@ -2,7 +2,6 @@
 import argparse
 import errno
 import fcntl
-import json
 import os
 import subprocess
 import sys
@@ -40,104 +39,98 @@ def test_the_whole_chain(check, n):
         pytest.skip(text)
 
 
-# ---------------------------------------------------------------------------------------------- temporary files
-def sweep_as_owner(folder):
-    os.close(fd := common.claim(folder))
-    common._locks.discard(fd)
+# ---------------------------------------------------------------------------------------------- temporary files, --overwrite, what only a resume needs
+def stage(out, n=1, overwrite=False, **kw):
+    args = argparse.Namespace(n=n, out=str(out), overwrite=overwrite)
+    return common.Stage("toy", args, outputs=("x.npy",), stale=("x.npy", "y_*.npy"), scraps=("z.part.npy",), **kw)
 
 
-def test_temporary_files_of_the_dead_are_swept_and_of_the_living_kept(tmp_path):
+def test_temporary_files_of_the_dead_are_swept_by_the_stage_that_holds_the_folder(tmp_path):
     code = "import common, sys, time\nwith common.atomic(sys.argv[1]) as tmp:\n    print(tmp, flush=True)\n    time.sleep(60)"
     writer = subprocess.Popen([sys.executable, "-c", code, tmp_path / "b.part.npy"], stdout=subprocess.PIPE, text=True)
     temp, dead = Path(writer.stdout.readline().strip()), [tmp_path / f".{name}" for name in ("a.abcdefgh.tmp.npy", "c.x_012345.tmp")]
     own = [tmp_path / name for name in (".a.tmp", ".hidden", "a.tmp.npy", ".tmp", ".data.x1")]         # not of atomic()
     for f in dead + own:
         f.write_text("left")
-    sweep_as_owner(tmp_path)
-    assert temp.exists() and not any(f.exists() for f in dead) and all(f.exists() for f in own)
     writer.kill()
     writer.wait()
     assert temp.exists()
-    sweep_as_owner(tmp_path)
-    assert not temp.exists()
-    with common.atomic(tmp_path / "d.npy") as tmp:                    # a file of this very process
-        common.sweep(tmp_path)
-        assert Path(tmp).exists()
+    with stage(tmp_path):
+        assert not temp.exists() and not any(f.exists() for f in dead) and all(f.exists() for f in own)
+        with common.atomic(tmp_path / "x.npy") as tmp:
+            Path(tmp).write_text("x")
+    assert (tmp_path / "x.npy").read_text() == "x"
 
 
-def test_nothing_is_swept_without_the_folders_lock(tmp_path):
+def test_nothing_is_swept_without_the_folders_lock_or_where_nothing_is_left_to_do(tmp_path):
     (leftover := tmp_path / ".last.abcd_123.tmp.pt").write_bytes(b"half")
     fd = os.open(tmp_path, os.O_RDONLY)
     fcntl.flock(fd, fcntl.LOCK_EX)
     with pytest.raises(common.UserError, match="another process"):
-        common.claim(tmp_path)
+        stage(tmp_path).__enter__()
     assert leftover.exists()
     os.close(fd)
-    sweep_as_owner(tmp_path)
-    assert not leftover.exists()
+    with stage(tmp_path) as s:
+        assert not leftover.exists()
+        s.save("x.npy", 0)
+        s.finish()
+    (tmp_path / ".stats_a.abcd_123.tmp.npz").write_bytes(b"another stage writes here")
+    with stage(tmp_path) as s:
+        assert s.done and (tmp_path / ".stats_a.abcd_123.tmp.npz").exists()
 
 
-# ---------------------------------------------------------------------------------------------- --overwrite and what only a resume needs
-def stage(out, n=1, overwrite=False, **kw):
-    return common.Stage("toy", out, argparse.Namespace(n=n), (), ("x.npy",), (), overwrite, stale=("x.npy", "y_*.npy"), scraps=("*.part.npy",), **kw)
-
-
-def test_files_of_an_earlier_call_are_gone_before_the_record_says_that_the_new_one_began(tmp_path, monkeypatch):
+def test_files_of_an_earlier_call_never_pass_for_those_of_a_new_one(tmp_path, monkeypatch):
     """Killed at every moment of an --overwrite's begin, the same command without it never takes the old files for its own."""
-    class Killed(BaseException):
-        pass
+    seen = []
     for moment in range(1, 20):
         out = tmp_path / str(moment)
-        s, names = stage(out), ("x.npy", "y_1.npy", "z.part.npy")
-        for name in names:
-            np.save(out / name, 0)
-        np.save(out / "other.npy", 0)
-        common.save_json(s.file, {**s.record, "seconds": 1.0})
-        s.release()
+        names = ("x.npy", "y_1.npy", "z.part.npy")
+        with stage(out) as s:
+            for name in (*names, "other.npy"):
+                np.save(out / name, 0)
+            common.save_json(s.file, {**s.record, "seconds": 1.0})
         left = [moment]
 
         def counted(real):
             def call(*args, **kw):
                 left[0] -= 1
                 if left[0] == 0:
-                    raise Killed
+                    os._exit(9)
                 return real(*args, **kw)
             return call
-        try:
-            with monkeypatch.context() as m:
-                m.setattr(os, "replace", counted(os.replace))
-                m.setattr(Path, "unlink", counted(Path.unlink))
-                stage(out, n=2, overwrite=True).release()
-        except Killed:
-            for lock in list(common._locks):
-                os.close(lock)
-            common._locks.clear()
-        if left[0] > 0:
+        pid = os.fork()
+        if pid == 0:
+            monkeypatch.setattr(os, "replace", counted(os.replace))
+            monkeypatch.setattr(Path, "unlink", counted(Path.unlink))
+            stage(out, n=2, overwrite=True).__enter__()
+            os._exit(0)
+        if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0:
             break                                                     # that was the last moment
+        standing = {name for name in names if (out / name).exists()}
         try:
-            s = stage(out, n=2)
-        except common.UserError as e:                                 # the old record stands, and all of its files
-            assert "was made with --n = 1" in str(e) and all((out / name).exists() for name in names)
-            s = stage(out)
-            assert s.done
-            continue
-        assert not s.done and not any((out / name).exists() for name in names) and (out / "other.npy").exists()
-        assert "begun" not in json.loads(s.file.read_text())
-        s.release()
-    assert moment == 6                                                # two records, three files
+            with stage(out, n=2) as s:
+                assert not s.done and not s.resuming and not any((out / name).exists() for name in names) and (out / "other.npy").exists()
+                seen.append("begins anew")
+        except common.UserError as e:                                 # what stands is the earlier call's, or nobody's
+            whole = "was made with --n = 1" in str(e)
+            assert (whole and standing == set(names)) or ("somebody else" in str(e) and "x.npy" in standing)
+            seen.append("refused")
+            with stage(out) if whole else stage(out, overwrite=True) as s:
+                assert s.done == whole
+    assert seen == ["refused", "refused", "begins anew", "begins anew", "begins anew"]                 # the record, three files, the new record
 
 
 def test_scraps_go_with_the_end_even_when_it_was_killed(tmp_path):
-    s = stage(tmp_path)
-    for name in ("x.npy", "z.part.npy"):
-        np.save(tmp_path / name, 0)
-    s.release()
-    s = stage(tmp_path)
-    assert s.resuming and (tmp_path / "z.part.npy").exists()
-    s.finish()
-    assert not (tmp_path / "z.part.npy").exists() and (tmp_path / "x.npy").exists()
+    with stage(tmp_path):
+        for name in ("x.npy", "z.part.npy"):
+            np.save(tmp_path / name, 0)
+    with stage(tmp_path) as s:
+        assert s.resuming and (tmp_path / "z.part.npy").exists()
+        s.finish()
+        assert not (tmp_path / "z.part.npy").exists() and (tmp_path / "x.npy").exists()
     np.save(tmp_path / "z.part.npy", 0)                               # as if killed between the record and the removal
-    assert stage(tmp_path).done and not (tmp_path / "z.part.npy").exists()
+    with stage(tmp_path) as s:
+        assert s.done and not (tmp_path / "z.part.npy").exists()
 
 
 def test_fill_removes_its_flags_after_a_kill_at_the_very_end(tmp_path):
