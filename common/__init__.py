@@ -21,9 +21,9 @@ ROOMS = {
     "files": "atomic sweep need_disk free_for_output allocate write_at save_npy save_pt save_text "
              "save_json load_npy load_npz load_pt load_json load_record load_lines fields "
              "check_kinds check_finite sound_rows named_twice sha256",
-    "stage": "Stage claim fill fill_features provenance upstream record_of device_seconds",
+    "stage": "Stage claim fill fill_features fill_tokens provenance upstream record_of device_seconds",
     "inputs": "open_data check_classes rows_by_class load_features load_scores "
-              "check_origin load_indices open_kept_images load_text_file load_checkpoint "
+              "check_origin load_indices open_kept_images text_tokens load_checkpoint "
               "open_checkpoint open_scorer open_encoder",
     "loop": "AMP autocast generator random_scores fast_float32 share_out lr_at optimizer_of "
             "backward optimizer_step",

@@ -176,6 +176,27 @@ def load_text_file(path, data):
     return tokens, mask
 
 
+def text_tokens(text, prompt, data, device):
+    """What --text names: tokens (K, L, d) float16 and mask (K, L) bool.
+
+    text: minilm, FILE.npy, or a model of transformers, which reads `prompt` of every class.
+    """
+    from models import conditioning
+    with user_errors():
+        if text == "minilm":
+            tokens, mask = conditioning.minilm_tokens(data.classes)
+        elif text.endswith(".npy"):
+            tokens, mask = load_text_file(Path(text), data)
+        else:
+            words = conditioning.class_words(data.classes)
+            prompts = [prompt.replace("{class}", word) for word in words]
+            tokens, mask = conditioning.text_tokens(text, prompts, device)
+    with np.errstate(over="ignore"):
+        half = np.asarray(tokens).astype(np.float16)
+    check_finite(half, text, "the text tokens, as float16,")
+    return half, mask
+
+
 # ---------------------------------------------------------------------------------------- networks
 def load_checkpoint(path, official=None):
     """A checkpoint dict; official weights ('dit', 'sit') as train.py would have written them.

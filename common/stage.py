@@ -14,14 +14,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from common.errors import UserError, need, user_errors
-from common.files import (allocate, check_finite, free_for_output, load_json, load_record,
-                          save_json, save_npy, sha256, sweep, write_at)
+from common.files import (allocate, check_finite, free_for_output, load_json, load_pt,
+                          load_record, save_json, save_npy, sha256, sweep, write_at)
 from common.processes import barrier, from_rank0, gather, log, progress, rank, shard, world
 
 
@@ -46,13 +47,13 @@ def provenance():
 def claim(out):
     """Make the folder `out`, see that it can be written to, and hold its lock until the block ends.
 
-    Yields the folders that were made for it. The kernel drops the lock when the process dies,
-    however it dies. Under several processes rank 0 alone holds it.
+    The kernel drops the lock when the process dies, however it dies. Under several processes rank 0
+    alone holds it.
     """
     out = Path(out)
     free_for_output(out)
     if rank():
-        yield []
+        yield
         return
     made = [p for p in (out, *out.parents) if not p.exists()]
     try:
@@ -72,8 +73,12 @@ def claim(out):
     except OSError:
         log(f"note: {out} lies on a file system without locks; see to it that one process writes")
     try:
-        yield made
+        yield
     finally:
+        # A call that failed before its first output leaves no folder behind.
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
         os.close(lock)
 
 
@@ -126,7 +131,7 @@ class Stage:
     def __enter__(self):
         self.start = time.time()
         self.claimed = contextlib.ExitStack()
-        self.made = self.claimed.enter_context(claim(self.out))
+        self.claimed.enter_context(claim(self.out))
         try:
             self.record = self._new_record()
             self.done, self.resuming, self.earlier = from_rank0(self._compare)
@@ -148,17 +153,18 @@ class Stage:
         # A call that failed before its first output leaves the place as if it had never been there.
         if kind is not None and rank() == 0 and not self._found(self.binding):
             self.file.unlink(missing_ok=True)
-            for folder in self.made:
-                with contextlib.suppress(OSError):
-                    folder.rmdir()
         self.claimed.close()
 
     def _new_record(self):
         args = {k: str(v) if isinstance(v, Path) else v for k, v in self.args.items()}
         hashes = {}
         for name, source in self.inputs.items():
-            if rank() == 0 and source is not None:
-                hashes[name] = source["sha256"] if isinstance(source, dict) else sha256(source)
+            if rank() or source is None:
+                continue
+            if not isinstance(source, dict):
+                flag = name.replace("_", "-")
+                need(Path(source).is_file(), f"{source}: no such file (--{flag}); give one")
+            hashes[name] = source["sha256"] if isinstance(source, dict) else sha256(source)
         return {"args": args, "inputs": hashes, "seconds": None, "provenance": provenance()}
 
     def _found(self, patterns):
@@ -299,6 +305,29 @@ def fill_features(out, name, encoder, data, batch, noted=False, anew=False):
     return features, seconds
 
 
+def fill_tokens(out, name, encoder, images, rows, flips, batch):
+    """fill() with the encoder's patch tokens of images[rows]: OUT/name.npy float16 (M, T, d).
+
+    flips: (M, 2, T, d), the mirrored image second. Numbers beyond float16 are refused.
+    """
+    from models.encoders import extract
+    sides = 2 if flips else 1
+    with user_errors():
+        first = encoder.tokens(torch.from_numpy(np.array(images[rows[:1]])).to(encoder.device))
+    _, T, d = first.shape
+    shape = (len(rows), sides, T, d) if flips else (len(rows), T, d)
+    log(f"writing {2 * math.prod(shape) / 1e6:,.1f} MB of tokens {shape} of {encoder.name}")
+
+    def compute(places):
+        v = np.empty((len(places), sides, T, d), np.float16)
+        with user_errors():
+            for side in range(sides):
+                extract(encoder, images, batch_size=len(places), kind="tokens", out=v[:, side],
+                        rows=rows[places], flip=side == 1)
+        return v
+    return fill(out, name, shape, np.float16, batch, compute)
+
+
 def fill_rows(part, flags, note, todo, batch, compute, earlier):
     """Compute these rows and write each at its place; its flag is set after the row is on disk.
 
@@ -335,3 +364,196 @@ def fill_rows(part, flags, note, todo, batch, compute, earlier):
 def noted_seconds(note):
     """The seconds in a NAME.seconds.json."""
     return load_json(note, "the seconds taken", (int, float))
+
+
+# -------------------------------------------------------------------------- what came before a run
+# What a call of prune.py looked at, for records older than their own `looked_at`; every other score
+# looked at features.
+OLD_SCORES = {"random": "nothing", "el2n": "labels", "ccs": "labels", None: "scores"}
+BY_DIFFICULTY = ("interval", "easy", "medium", "hard")                 # the --select that read one
+
+
+@dataclass(frozen=True)
+class Step:
+    """One thing that had to be computed before a training run could start."""
+    what: str                        # in words
+    script: str                      # that computed it, train for a network; "" for other files
+    role: str                        # chose (images), weighted (classes), aligned, started (a run)
+    key: tuple                       # the same for two uses of one thing
+    encoder: str = ""                # through whose eyes it looked at the images
+    seconds: float | None = 0.0      # of all processes together; None: unknown
+
+
+def upstream(record, run=""):
+    """Yields every Step before a training run, by its record and those of the stages it names.
+
+    record: train.args.json. run: what messages call the run, where the seconds are asked for too.
+    Then every file must be there and every stage have finished, and networks are opened; else only
+    records are read.
+    """
+    args = record["args"]
+    walk = Upstream(args.get("data", ""), run)
+    if args.get("indices"):
+        yield from walk.follow(args["indices"], "kept set")
+    if args.get("weights"):
+        yield from walk.follow(args["weights"], "class weights", "weighted")
+    if args.get("attach"):
+        yield from walk.follow(args["attach"], "attachments")
+    if args.get("init"):
+        yield from walk.network(args["init"], "start weights", "started", args.get("official"))
+
+
+def record_of(folder, script):
+    """<script>.args.json of a folder, or None where the script never ran."""
+    file = Path(folder) / f"{script}.args.json"
+    return load_record(file) if file.exists() else None
+
+
+def device_seconds(record, seconds):
+    """What a script took by the clock, times the processes of its record (without one: one).
+
+    The seconds of features, difficulty and tokens are noted so already.
+    """
+    if seconds is None:
+        return None
+    made = record or {}
+    return seconds * (made.get("provenance") or {}).get("processes", 1)
+
+
+class Upstream:
+    """The walk of upstream(). Paths are as the records name them."""
+
+    def __init__(self, data, run):
+        self.data = data
+        self.run = run
+        self.visited = set()
+
+    def file(self, path):
+        path = Path(path)
+        need(not self.run or path.exists(),
+             f"{path}: no such file, but {self.run} was prepared with it; run report.py from the "
+             "folder where the runs were made")
+        return path
+
+    def made(self, folder, script):
+        """The record of a stage, or None where it never ran."""
+        record = record_of(folder, script)
+        unfinished = record is not None and record.get("seconds") is None
+        need(not (self.run and unfinished),
+             f"{folder}: {script}.py has not finished there, but {self.run} was prepared with it; "
+             "run its command again")
+        return record
+
+    def follow(self, path, what, role="chose"):
+        """The stages that made `path`, which was used as `what`, and those before them."""
+        path = self.file(path)
+        folder = path if what == "attachments" else path.parent
+        here = folder.resolve()
+        if (here, what) in self.visited:
+            return
+        self.visited.add((here, what))
+        prune = self.made(folder, "prune")
+        reweight = self.made(folder, "reweight")
+        attach = self.made(folder, "attach")
+        if prune:
+            yield from self.pruned(prune, here, what, role)
+        if reweight:
+            yield from self.reweighted(reweight, here)
+        if attach:
+            yield from self.attached(attach, here, what, role, path.name == "difficulty.npy")
+        if not (prune or reweight or attach):
+            yield Step(f"{what} ({path})", "", role, (path.resolve(), ""), seconds=None)
+
+    def pruned(self, made, here, what, role):
+        args = made["args"]
+        old = OLD_SCORES.get(args.get("score"), "features")
+        looked_at = made.get("looked_at", old)
+        given = args.get("features")                       # made by another call
+        extracted = scored = 0
+        if looked_at == "features":
+            extracted = made.get("seconds_features") or 0
+        if what != "features":
+            scored = made.get("seconds_scores") or 0
+        if what != "features" and given and looked_at == "features":
+            # Its own record tells what they cost; else prune.py noted what lay beside the file.
+            if extracted and not record_of(Path(given).parent, "prune"):
+                self.file(given)
+            else:
+                extracted = 0
+                yield from self.follow(given, "features", role)
+        if what != "features" and args.get("scores"):
+            yield from self.follow(args["scores"], "scores", role)
+        seconds = extracted + scored
+        if not seconds and not given and what != "features":
+            seconds = made.get("seconds")                  # a record that does not tell them apart
+        encoder = ""
+        if looked_at == "labels":
+            encoder = "scratch"              # other seeds, but the same network on the same labels
+        elif looked_at == "features" and not given:
+            encoder = args.get("surrogate")
+        yield Step("features and scores", "prune", role, (here, "prune"), encoder, seconds)
+        if looked_at == "features" and not given:
+            yield from self.encoder(encoder, args.get("weights"), "surrogate network", role)
+
+    def reweighted(self, made, here):
+        args = made["args"]
+        seconds = device_seconds(made, made.get("seconds"))
+        yield Step("DRO proxy", "reweight", "weighted", (here, "proxy"), seconds=seconds)
+        yield from self.network(args["reference"], "reference network", "weighted",
+                                args.get("official"))
+
+    def attached(self, made, here, what, role, scores_alone):
+        """scores_alone: nothing of that call is used but its difficulty.npy."""
+        args = made["args"]
+        origin = args.get("difficulty")                    # scored by an earlier call
+        if scores_alone or args.get("select") in BY_DIFFICULTY:
+            home = Path(origin).parent.resolve() if origin else here
+            encoder = "" if origin else "ddae"
+            seconds = made.get("seconds_difficulty") or 0
+            yield Step("difficulty", "attach", role, (home, "difficulty"), encoder, seconds)
+            if origin:
+                yield from self.follow(origin, "difficulty", role)
+            else:
+                yield from self.network(args["reference"], "scorer network", role,
+                                        args.get("official"))
+        if what == "attachments":
+            yield from self.attachments(made, here)
+        if args.get("indices") and not scores_alone:
+            yield from self.follow(args["indices"], "kept set", role)
+
+    def attachments(self, made, here):
+        args = made["args"]
+        encoder = args.get("visual")
+        if encoder in (None, "none"):
+            encoder = ""
+        seconds = (made.get("seconds_text") or 0) + (made.get("seconds_visual") or 0)
+        if encoder or seconds:
+            yield Step("attachments", "attach", "aligned", (here, "attachments"), encoder, seconds)
+        weights = args.get("visual_weights") or args.get("reference")      # ddae reads one of them
+        if encoder == "scratch":
+            weights = args.get("visual_weights")
+        yield from self.encoder(encoder, weights, "visual encoder", "aligned")
+
+    def encoder(self, name, weights, what, role):
+        """The training of an encoder, where it is one that this project trains."""
+        if name == "ddae":
+            yield from self.network(weights, what, role)
+        elif name == "scratch":
+            file = self.file(weights or Path(self.data) / "scratch.pt")
+            seconds = float(load_pt(file).get("seconds", 0)) if self.run else 0.0
+            yield Step("scratch network", "", role, (file.resolve(), ""), seconds=seconds)
+
+    def network(self, checkpoint, what, role, official=None):
+        """The training of a diffusion model, up to this checkpoint."""
+        path = self.file(checkpoint)
+        folder = path.parent
+        seconds = None                                     # that of official weights is unknown
+        if self.run and not official:
+            train = record_of(folder, "train")
+            if path.name == "last.pt" and self.made(folder, "train"):
+                seconds = device_seconds(train, train["train_seconds"])
+            else:
+                # Not what came after step_*.pt.
+                seconds = device_seconds(train, load_pt(path).get("seconds"))
+        yield Step(f"{what} ({folder.name})", "train", role, (folder.resolve(), "train"),
+                   seconds=seconds)

@@ -87,6 +87,22 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     return max(float((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * trace), 0.0)
 
 
+def subset_frechet(z, keep, groups, seed=0, draws=3):
+    """Frechet distance of the rows `keep` (M,) of z (N, D) to all of them, and [that of `draws` random subsets].
+
+    A random subset has as many rows of each group as `keep`. groups: [rows (n_g,) of group g].
+    """
+    sizes = [np.isin(rows, keep).sum() for rows in groups]
+    rng = np.random.default_rng(seed)
+    subsets = [keep]
+    for _ in range(draws):
+        parts = [rng.choice(rows, m, replace=False) for rows, m in zip(groups, sizes)]
+        subsets.append(np.sort(np.concatenate(parts)))
+    full = gaussian_stats(z)
+    own, *random = [frechet_distance(*gaussian_stats(z, index=rows), *full) for rows in subsets]
+    return own, random
+
+
 def per_class_frechet(feats, labels, ref_feats, ref_labels, K, seed=0, real_feats=None, real_labels=None):
     """Frechet distance class by class at one n for all, with real images as the yardstick.
 
