@@ -1,4 +1,10 @@
-"""A model from its settings. A checkpoint carries the settings it was made with, so nobody has to name an architecture twice."""
+"""A network from its settings, and what every network must offer.
+
+A checkpoint carries the settings it was made with, so nobody has to name an architecture twice.
+A new network is a class that keeps to `Network`, and a row of MODELS: nothing else asks for names.
+"""
+from typing import NamedTuple, Protocol
+
 import torch
 
 from models.diffusion import make_process
@@ -6,83 +12,161 @@ from models.official import official_weights
 from models.sit import SITS, SiT
 from models.unet import UNETS, UNet
 
-MODELS = {**UNETS, **SITS}
+# The buffer with the text tokens in a state dict: conditions, not weights.
+TEXT_KEY = "y_embedder.text"
+
+
+class Network(Protocol):
+    """The interface of a network, an nn.Module besides: all that the stages ask of one.
+
+    __init__ takes size, channels, num_classes, the keys of its row in MODELS, those of `options`,
+    and text, mask, text_shape, class_std, recompute (see build) and time_scale, a factor on t.
+    """
+
+    options: tuple      # settings that only this kind of network knows: ("depth", "dropout", ...)
+    size: int           # side of its square images or latents
+    channels: int       # C
+    num_classes: int    # K; label K is the null class
+    grid: int           # its tokens lie on grid x grid places
+    token_width: int    # D, numbers a token
+    token_layer: int    # the tokens_after whose tokens the alignment loss sees
+    y_embedder: object  # the ConditionEmbedder of class and text, under this name; or None
+
+    def forward(self, x, t, y, tokens_after=None):
+        """What the process predicts: x (n, C, H, W), t (n,) model time, y (n,) in 0..K -> like x.
+
+        With tokens_after=k it returns (prediction, tokens (n, grid^2, D)): the tokens behind layer
+        k, row by row of the grid, with gradients.
+        """
+
+
+class Row(NamedTuple):
+    """A row of MODELS: the class, and the arguments that make this size of it."""
+
+    network: type
+    sizes: dict
+
+
+MODELS = {name: Row(UNet, sizes) for name, sizes in UNETS.items()}
+MODELS.update({name: Row(SiT, sizes) for name, sizes in SITS.items()})
 
 
 def build(settings, text=None, mask=None):
-    """The network of `settings`: model (a name of MODELS), process, size, channels, num_classes, and optionally class_std, text_shape, learn_sigma,
-    dropout, recompute, depth (where it is not that of the name). text (K, L, d) and mask (K, L) fill the text tokens; without them a model with
-    text_shape starts with zeros.
+    """The network of `settings`, a dict.
 
-    Raises ValueError when the name is unknown or the size does not fit.
+    model (a name of MODELS), process, size, channels, num_classes; optionally class_std (spread of
+    the class embedding), text_shape [L, d], recompute, and the options of the network: `dropout` of
+    a U-Net; `learn_sigma`, and `depth` where it is not that of the name, of a SiT. Those of another
+    network are passed over. text (K, L, d) and mask (K, L) fill the text tokens; without them a
+    network with text_shape starts with zeros.
+
+    Raises ValueError when the name is unknown or a size does not fit.
     """
     name = settings["model"]
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}; known are {', '.join(MODELS)}")
-    for k, least in (("size", 1), ("channels", 1), ("num_classes", 0)):
-        if not isinstance(settings[k], int) or settings[k] < least:
-            raise ValueError(f"{k} is {settings[k]!r}, but must be a whole number of at least {least}")
-    kw = dict(MODELS[name], size=settings["size"], channels=settings["channels"], num_classes=settings["num_classes"], text=text, mask=mask,
-              text_shape=settings.get("text_shape"), class_std=settings.get("class_std", 0.02), recompute=settings.get("recompute", False))
-    if name in SITS:
-        kw["depth"] = settings.get("depth") or kw["depth"]
-        if settings["process"] == "ddpm":                             # its time is 0..999 already
-            kw["time_scale"] = 1.0
-        return SiT(**kw, learn_sigma=settings.get("learn_sigma", False))
-    if settings.get("dropout") is not None:
-        kw["dropout"] = settings["dropout"]
-    return UNet(**kw, time_scale=1000.0 if settings["process"] == "flow" else 1.0)
+    for key, least in (("size", 1), ("channels", 1), ("num_classes", 0)):
+        value = settings[key]
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"{key} is {value!r}, but must be a whole number of at least {least}")
+    network, sizes = MODELS[name]
+    kwargs = dict(sizes, text=text, mask=mask, text_shape=settings.get("text_shape"))
+    kwargs["class_std"] = settings.get("class_std", 0.02)
+    kwargs["recompute"] = settings.get("recompute", False)
+    for key in network.options:
+        if settings.get(key) is not None:
+            kwargs[key] = settings[key]
+    # A network's own time_scale stretches a flow's time in [0, 1]; that of DDPM is 0..999 already.
+    if settings["process"] == "ddpm":
+        kwargs["time_scale"] = 1.0
+    return network(settings["size"], settings["channels"], settings["num_classes"], **kwargs)
 
 
+def has_dropout(name):
+    """Whether the network of this name has dropout inside: whether the setting does anything."""
+    return "dropout" in MODELS[name].network.options
+
+
+def text_of(model):
+    """The text tokens (K, L, d) that a network is conditioned on; None when it has none."""
+    if model.y_embedder is None or model.y_embedder.text is None:
+        return None
+    return model.y_embedder.text[:-1]  # the last row is the null class
+
+
+# ---------------------------------------------------------------- checkpoints of train.py
 def from_checkpoint(state, ema=True):
-    """(model in eval mode, process) from a checkpoint dict of train.py. Raises ValueError when it is none, or its weights do not fit its settings."""
-    if not isinstance(state.get("args"), dict) or not isinstance(state.get("ema"), dict):
-        if official_weights(state):
-            raise ValueError("not a checkpoint of train.py but official DiT/SiT weights, as it looks: say which, where the script reads them, with "
-                             "--official dit or --official sit")
-        raise ValueError("not a checkpoint of train.py (no settings inside); give its last.pt or step_*.pt")
-    args = state["args"]
+    """(network in eval mode, process) from a checkpoint dict of train.py.
+
+    Raises ValueError when it is none, or its weights do not fit its settings.
+    """
+    if not_ours := what_else(state):
+        raise ValueError(not_ours)
+    settings = state["args"]
     try:
-        model = build(args)
+        model = build(settings)
         weights = state["ema" if ema else "model"]
-        process = make_process(args["process"], args.get("predict", "eps"))
+        process = make_process(settings["process"], settings.get("predict", "eps"))
     except (KeyError, TypeError, RuntimeError, MemoryError) as e:
-        raise ValueError(f"a setting or part is missing or of the wrong kind ({str(e)[:160]}); use another checkpoint") from e
+        raise ValueError("a setting or part is missing or of the wrong kind "
+                         f"({str(e)[:160]}); use another checkpoint") from e
     fits(model, weights)
     model.load_state_dict(weights)
     return model.eval().requires_grad_(False), process
 
 
 def init_from(model, state, path):
-    """Start weights for `model` from the EMA of a checkpoint dict of train.py; its text tokens stay its own. `path` names the file in messages.
+    """Start weights for `model` from the EMA of a checkpoint dict of train.py; its text stays.
 
-    Raises ValueError when it is no such checkpoint, or at the first weight whose name or shape differs. Official DiT/SiT weights are refused as they
-    are, for SiT runs time the other way: official_checkpoint first.
+    Raises ValueError that begins with `path`: when it is no such checkpoint, or at the first weight
+    whose name or shape differs. Official weights go through official_checkpoint first, for SiT runs
+    time the other way.
     """
-    if not isinstance(state.get("args"), dict) or not isinstance(state.get("ema"), dict):
-        if official_weights(state):
-            raise ValueError(f"{path}: official DiT/SiT weights, as it looks, not a checkpoint of train.py: say which with --official dit or "
-                             "--official sit")
-        raise ValueError(f"{path}: not a checkpoint of train.py (no settings inside); give its last.pt or step_*.pt")
+    if not_ours := what_else(state):
+        raise ValueError(f"{path}: {not_ours}")
     try:
         fits(model, state["ema"])
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from e
-    own = {k: v for k, v in model.state_dict().items() if k.endswith("y_embedder.text")}      # conditions, not weights: they came with --attach
-    model.load_state_dict({**state["ema"], **own})
+    weights = dict(state["ema"])
+    if TEXT_KEY in weights:
+        weights[TEXT_KEY] = model.state_dict()[TEXT_KEY]  # it came with --attach
+    model.load_state_dict(weights)
+
+
+def what_else(state):
+    """What a dict is instead of a checkpoint of train.py, for an error; None when it is one."""
+    if isinstance(state.get("args"), dict) and isinstance(state.get("ema"), dict):
+        return None
+    if official_weights(state):
+        return ("not a checkpoint of train.py but official DiT/SiT weights, as it looks: say "
+                "which, where the script reads them, with --official dit or --official sit")
+    return "not a checkpoint of train.py (no settings inside); give its last.pt or step_*.pt"
 
 
 def fits(model, weights):
-    """Raise ValueError with the first name or shape in which the weights differ from the model's (load_state_dict's own first line names neither)."""
-    mine = model.state_dict()
-    for k in (*mine, *weights):
-        if k not in weights:
-            raise ValueError(f"the weights do not fit: {k} is missing; use those of the same network")
-        if k not in mine:
-            raise ValueError(f"the weights do not fit: {k} is not part of this network; use those of the same network")
-        if not torch.is_tensor(weights[k]) or weights[k].is_floating_point() != mine[k].is_floating_point():
-            raise ValueError(f"the weights do not fit: {k} is no tensor of {mine[k].dtype}; the file is damaged, use another")
-        if mine[k].shape != weights[k].shape:
-            raise ValueError(f"the weights do not fit: {k} has shape {tuple(weights[k].shape)}, this network needs {tuple(mine[k].shape)}")
-        if not weights[k].isfinite().all():
-            raise ValueError(f"the weights hold NaN or infinity, first in {k}: that run had diverged; use an earlier checkpoint or another run")
+    """Raise ValueError with the first weight that differs in name or shape, or is damaged.
+
+    load_state_dict's own first line names neither.
+    """
+    own = model.state_dict()
+    for key in (*own, *weights):
+        if fault := misfit(key, own.get(key), weights.get(key)):
+            raise ValueError(fault)
+
+
+def misfit(key, own, given):
+    """What is wrong with the weight `given` where the network has `own`; None when nothing is."""
+    start = "the weights do not fit: " + key
+    if given is None:
+        return f"{start} is missing; use those of the same network"
+    if own is None:
+        return f"{start} is not part of this network; use those of the same network"
+    if not torch.is_tensor(given) or given.is_floating_point() != own.is_floating_point():
+        return f"{start} is no tensor of {own.dtype}; the file is damaged, use another"
+    if own.shape != given.shape:
+        return f"{start} has shape {tuple(given.shape)}, this network needs {tuple(own.shape)}"
+    if not given.isfinite().all():
+        return (f"the weights hold NaN or infinity, first in {key}: that run had diverged; use an "
+                "earlier checkpoint or another run")
+    return None

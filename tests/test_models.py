@@ -433,7 +433,7 @@ def test_init_from_refuses_official_weights(prefix, key):
     """They run time the other way: the names and shapes alone would pass."""
     model = build(SIT)
     official = {prefix + k: v for k, v in model.state_dict().items()}
-    with pytest.raises(ValueError, match="start.pt: official DiT/SiT weights, as it looks.*--official dit or --official sit"):
+    with pytest.raises(ValueError, match="start.pt: not a checkpoint of train.py but official DiT/SiT weights, as it looks.*--official dit or --official sit"):
         init_from(model, official if key is None else {key: official}, "start.pt")
 
 
