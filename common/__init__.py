@@ -27,7 +27,7 @@ ROOMS = {
               "open_checkpoint open_scorer open_encoder",
     "loop": "AMP autocast generator random_scores fast_float32 share_out lr_at optimizer_of "
             "backward optimizer_step",
-    "training": "training_source load_class_weights load_text load_visual need_same "
+    "training": "training_source load_kept load_class_weights load_text load_visual need_same "
                 "need_trained_on inherit_flags",
     "run": "Run BadSteps divergence is_due Stop",
     "rows": "DeviceRows device_budget as_input",

@@ -22,7 +22,7 @@ def is_due(done, every, last=None):
 class Run:
     """How far a training is, and what its checkpoint holds.
 
-    parts     {name: network, optimizer or whatever has a state_dict, or None}
+    parts     {name: what has a state_dict, or a tensor, or None}
     settings  what a checkpoint carries as its args, besides the flags
     """
 
@@ -47,7 +47,9 @@ class Run:
         """Take back what state() gave; returns it."""
         state = load_pt(path)
         for name, part in self.parts.items():
-            if part is not None:
+            if torch.is_tensor(part):
+                part.copy_(state[name])
+            elif part is not None:
                 part.load_state_dict(state[name])
         self.step = state["step"]
         self.before = state["seconds"]
@@ -64,7 +66,8 @@ class Run:
         """What a checkpoint holds from which the run can go on."""
         state = {}
         for name, part in self.parts.items():
-            state[name] = None if part is None else part.state_dict()
+            plain = part is None or torch.is_tensor(part)
+            state[name] = part if plain else part.state_dict()
         return {**state, **self.about(), "skipped": self.bad.in_all()}
 
     def seconds(self):

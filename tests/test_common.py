@@ -129,7 +129,8 @@ def test_load_pt_never_runs_what_is_in_the_file(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------- the rooms
-ORDER = ["errors", "processes", "workers", "cli", "files", "pictures", "stage", "inputs", "loop"]
+ORDER = ["errors", "processes", "workers", "cli", "files", "pictures", "stage", "inputs", "loop", "training", "run",
+         "rows"]
 
 
 def imports_of(file):
