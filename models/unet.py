@@ -187,8 +187,8 @@ class UNet(nn.Module):
         for layer in self.down:
             h = self._run(layer, h, emb)
             hs.append(h)
-        h = self.mid2(self.mid1(h, emb), emb)  # (n, D, h, w)
-        middle = h
+        h = self.mid2(self.mid1(h, emb), emb)          # (n, D, h, w)
+        tokens = rearrange(h, "n D h w -> n (h w) D")
         for layer in self.up:
             if not isinstance(layer, Up):
                 h = torch.cat([h, hs.pop()], dim=1)    # the skip of the same size
@@ -196,7 +196,7 @@ class UNet(nn.Module):
         out = self.conv_out(F.silu(self.norm_out(h)))  # (n, C, H, W)
         if tokens_after is None:
             return out
-        return out, rearrange(middle, "n D h w -> n (h w) D")
+        return out, tokens
 
     def _run(self, layer, h, emb):
         if isinstance(layer, (Down, Up)):
