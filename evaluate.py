@@ -1,18 +1,23 @@
-"""Stage 6: measure samples against the FULL training set, and ask whether they are copies of what the model has seen.
+"""Stage 6: measure samples against the FULL training set, and ask whether they copy what was seen.
 
-For one run or several at once (the reference is encoded once). torchrun spreads the encoding and the drawing of trajectories; the first process
-measures. The distance is called FID only on pytorch-fid's Inception features; on any other encoder it is FD with the encoder's name.
-Figures depend on n, so n is always printed.
+For one run or several at once (the reference is encoded once). torchrun spreads the encoding and
+the drawing of trajectories; the first process measures. The distance is called FID only on
+pytorch-fid's Inception features; on any other encoder it is FD with the encoder's name. Figures
+depend on n, so n is always printed.
 
-Reads   RUN/samples.npy, sample_labels.npy, sample.args.json, train.args.json; or --samples FILE|FOLDER (.npy, .npz with arr_0 or images, pictures)
-        DATA/                the data folder; its statistics are cached as DATA/stats_<encoder>.npz (mu, sigma, n)
-Writes  RUN/metrics.json     every figure under its encoder, with the protocol;  RUN/nearest.png, the most suspicious samples and their nearest images
+Reads   RUN/samples.npy, sample_labels.npy, sample.args.json, train.args.json
+        --samples            instead: a .npy, .npz (arr_0 or images) or folder of pictures
+        DATA/                its statistics are cached as DATA/stats_<encoder>.npz (mu, sigma, n)
+Writes  RUN/metrics.json     every figure under its encoder, with the protocol
+        RUN/nearest.png      the most suspicious samples and their nearest images
         RUN/trajectory.json  with --trajectory: the distance of every kept checkpoint
 
     python evaluate.py --runs runs/digits/full runs/digits/random --data data/digits --encoder scratch
 """
+import contextlib
 import hashlib
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,68 +26,46 @@ import torch
 
 import common
 from models import diffusion, encoders, metrics
-from models.diffusion import to_uint8
 
-AUDIT_BYTES = 16e9                                                    # a space whose vectors would take more memory is left out of the audit
-DRAWN_WITH = ("sampler", "steps", "cfg", "cfg_interval", "labels", "seed", "eta", "variance", "amp")     # of sample.args.json
-
-
-# ---------------------------------------------------------------------------------------------- samples
-def read_samples(path):
-    """(images uint8 (n, H, W, C), labels (n,) or None) from .npy, .npz (arr_0 / images, arr_1 / labels) or a folder of pictures
-    at any depth."""
-    path = Path(path)
-    labels = None
-    if path.is_dir():
-        images = read_folder(path)
-    elif path.suffix.lower() == ".npz":
-        z = common.load_npz(path, ("arr_0", "arr_1", "images", "labels"), "an .npz with arr_0 or images, uint8 (n, H, W, C),")
-        images, labels = z.get("arr_0", z.get("images", np.empty(0))), z.get("arr_1", z.get("labels"))
-    else:
-        images = common.load_npy(path, "samples, uint8 (n, H, W, C)", (None,) * 4, "u")
-        beside = path.parent / "sample_labels.npy"
-        if path.name == "samples.npy" and beside.exists():
-            labels = np.array(common.load_npy(beside, "labels of the samples, int64 (n,)", (len(images),), "iu"))
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
-        raise common.UserError(f"{path}: {images.dtype} {images.shape}, but samples must be uint8 (n, H, W, 1 or 3)")
-    if labels is not None and (labels.shape != (len(images),) or labels.dtype.kind not in "iu"):
-        raise common.UserError(f"{path}: {len(images)} samples but labels {labels.dtype} of shape {labels.shape}; one integer per sample expected")
-    return images, labels
+# A space whose vectors would take more memory is left out of the audit.
+AUDIT_BYTES = 16e9
+DRAWS = 20                           # matched sets of the audit
+NOISE = 0.2                          # of its noisy copies, in the scale [-1, 1]
+# What sample.args.json says of how samples were drawn.
+DRAWN_WITH = ("sampler", "steps", "cfg", "cfg_interval", "labels", "seed", "eta", "variance", "amp")
 
 
-def pictures(folder):
-    from PIL import Image
-    known = Image.registered_extensions()
-    return sorted(f for f in folder.rglob("*") if f.suffix.lower() in known and not f.name.startswith("."))
+# --------------------------------------------------------------------------------------- formulas
+def some_rows(n, most, seed):
+    """Rows (m,), sorted, m = min(n, most), drawn evenly from 0..n-1; seed: ints."""
+    return np.sort(np.random.default_rng(seed).choice(n, min(n, most), replace=False))
 
 
-def read_folder(folder):
-    from PIL import Image
-    files = pictures(folder)
-    if not files:
-        raise common.UserError(f"{folder}: no picture in it or below it; give the folder, .npy or .npz that holds the samples")
-    images = None
-    for k, f in enumerate(common.progress(files, desc=str(folder))):
-        try:
-            with common.no_bombs(), Image.open(f) as im:
-                if im.mode[0] in "IF":
-                    raise ValueError(f"mode {im.mode}: more than 8 bits a channel")
-                x = np.asarray(im if im.mode == "L" else im.convert("RGB"))
-        except Exception as e:
-            raise common.UserError(f"{f}: not a readable picture ({e}); remove or replace it")
-        images = np.empty((len(files), *x.shape), np.uint8) if images is None else images
-        if x.shape != images.shape[1:]:
-            raise common.UserError(f"{f}: shape {x.shape}, but {files[0].name} has {images.shape[1:]}; bring all samples to one size")
-        images[k] = x
-    return images if images.ndim == 4 else images[..., None]
+def at_most(rows, labels, limits, rng):
+    """Thin out rows (n,), sorted, until class c has at most limits[c] of them, drawn evenly."""
+    order = rows[rng.permutation(len(rows))]
+    order = order[np.argsort(labels[order], kind="stable")]          # class by class
+    begin = np.searchsorted(labels[order], labels[order])            # where the class of each begins
+    place = np.arange(len(order)) - begin                            # within the class
+    return np.sort(order[place < limits[labels[order]]])
 
 
-# ---------------------------------------------------------------------------------------------- the work that all processes share
+def raw(images):
+    """Pixel space: (n, H * W * C) float32 in [-1, 1] of uint8 images, or of a Selection of some."""
+    out = np.empty((len(images), images[:1].size), np.float32)
+    for lo in range(0, len(out), 1024):
+        part = np.asarray(images[lo:lo + 1024])
+        out[lo:lo + 1024] = part.reshape(-1, out.shape[1]) / 127.5 - 1
+    return out
+
+
+# --------------------------------------------------------------------------------------- the work
 class Selection:
-    """images[rows] that are read only when asked for: len(p), p[index]."""
+    """images[rows] that are read only when asked for: len(s), s[index]."""
 
     def __init__(self, images, rows):
-        self.images, self.rows = images, rows
+        self.images = images
+        self.rows = rows
 
     def __len__(self):
         return len(self.rows)
@@ -92,525 +75,861 @@ class Selection:
 
 
 class Team:
-    """Rank 0 measures; where it needs images encoded or drawn it calls, and the other processes, which wait in serve(), do their part of each call.
-    One process calls itself."""
+    """An encoder on every rank: rank 0 measures, and all of them encode and draw their shares.
 
-    def __init__(self, encs, batch_size, device):
-        self.encs, self.batch_size, self.device = encs, max(1, batch_size // common.world()), device
+    Rank 0 asks for such work, and the others follow() until it dismisses them. One process asks
+    itself.
+    """
 
-    def call(self, task, *args):
-        """[what self.task(*args) gives on every rank], in their order. task: the name of a method."""
-        common.from_rank0(lambda: (task, args))
-        return self._share(task, args)
+    def __init__(self, enc, batch_size, device):
+        self.enc = enc
+        self.batch_size = max(1, batch_size // common.world())
+        self.device = device
 
-    def serve(self):
-        while order := common.from_rank0(lambda: None):               # the answer of rank 0's call(), or of its dismiss()
-            self._share(*order)
+    def encode(self, images, kind="pooled", title=None):
+        """Features (n, D) float32 of images, an array (n, H, W, C) or a Selection of one."""
+        shares = []
+        for source, rows in sendable(images):
+            shares += self.ask("encode_share", source, rows, kind, title)
+        return np.concatenate([z for z in shares if z is not None])
 
-    def _share(self, task, args):
-        with common.user_errors():
-            part = getattr(self, task)(*args)
-        return common.gather(part)
+    def ask(self, task, *what):
+        """[what every rank makes of its share of the task], in their order."""
+        common.from_rank0(lambda: (task, what))
+        return self.do(task, what)
+
+    def follow(self):
+        while order := common.from_rank0(lambda: None):
+            self.do(*order)
 
     def dismiss(self):
         common.from_rank0(lambda: None)
 
-    def encode(self, enc, images, kind="pooled", title=None):
-        """Features (n, D) float32 of images, an array (n, H, W, C) or a Selection of one. Every process reads a memory map itself; other arrays are sent,
-        256 MB at a time."""
-        part = images if isinstance(images, Selection) else Selection(images, np.arange(len(images)))
-        file, which, out = getattr(part.images, "filename", None), self.encs.index(enc), []
-        step = len(part) if file else max(1, 2**28 // part.images[0].nbytes)
-        for lo in range(0, len(part), step):
-            rows = part.rows[lo:lo + step]
-            out += self.call("extract", which, *((str(file), rows) if file else (part[lo:lo + step], np.arange(len(rows)))), kind, title)
-        return np.concatenate([z for z in out if z is not None])      # fewer rows than processes: None
+    def do(self, task, what):
+        with common.user_errors():
+            share = getattr(self, task)(*what)
+        return common.gather(share)
 
-    def extract(self, which, images, rows, kind, title):
-        if isinstance(images, str):
-            images = np.load(images, mmap_mode="r", allow_pickle=False)
+    def encode_share(self, source, rows, kind, title):
+        """Features of this rank's part of rows (n,), or None where it has none."""
+        images = source
+        if isinstance(source, str):
+            images = np.load(source, mmap_mode="r", allow_pickle=False)
         lo, hi = common.shard(len(rows))
-        with common.progress(total=hi - lo, desc=title, delay=0 if title else 2) as bar:
-            return encoders.extract(self.encs[which], images, self.batch_size, kind, rows=rows[lo:hi], bar=bar)
+        delay = 0 if title else 2
+        with common.progress(total=hi - lo, desc=title, delay=delay) as bar:
+            return encoders.extract(self.enc, images, self.batch_size, kind, rows=rows[lo:hi],
+                                    bar=bar)
 
-    def draw(self, which, file, record, y):
-        """(features of this rank's part of one sample for each label of y (n,), what the checkpoint says of its training)."""
+    def draw_share(self, file, drawn, y):
+        """(features, state): samples for this rank's part of labels y (n,), drawn anew.
+
+        state: what the checkpoint says of its training. drawn: the settings of sample.py.
+        """
         state, model, process = common.open_checkpoint(file)
-        model, (lo, hi), images = model.to(self.device, memory_format=torch.channels_last), common.shard(len(y)), []
-        from models.vae import load_vae
-        vae = load_vae(record["vae"], self.device) if state["args"]["latents"] else None
+        model = model.to(self.device, memory_format=torch.channels_last)
+        scale = state["args"]["latent_scale"]
+        vae = None
+        if state["args"]["latents"]:
+            from models.vae import load_vae
+            vae = load_vae(drawn["vae"], self.device)
+        lo, hi = common.shard(len(y))
+        images = []
         for k in range(lo, hi, self.batch_size):
             ids = range(k, min(k + self.batch_size, hi))
-            with common.autocast(self.device, record["amp"]):
-                noise = [common.generator(record["seed"], "sample", i) for i in ids]
-                x = diffusion.draw(model, process, torch.from_numpy(y[ids.start:ids.stop]).to(self.device), noise, record, vae,
-                                   state["args"]["latent_scale"])
-            if not x.isfinite().all():
-                raise common.UserError(f"{file}: samples hold NaN or infinity; the run had diverged there, remove the file to leave it out")
-            images.append(to_uint8(x).cpu().numpy())
-        z = encoders.extract(self.encs[which], np.concatenate(images), self.batch_size) if images else None
-        return z, {k: state[k] for k in ("step", "images_seen", "seconds")}
+            labels = torch.from_numpy(y[ids.start:ids.stop]).to(self.device)
+            with common.autocast(self.device, drawn["amp"]):
+                noise = [common.generator(drawn["seed"], "sample", i) for i in ids]
+                x = diffusion.draw(model, process, labels, noise, drawn, vae, scale)
+            common.need(x.isfinite().all(), f"{file}: samples hold NaN or infinity; the run had "
+                                            "diverged there, remove the file to leave it out")
+            images.append(diffusion.to_uint8(x).cpu().numpy())
+        features = None
+        if images:
+            features = encoders.extract(self.enc, np.concatenate(images), self.batch_size)
+        return features, {key: state[key] for key in ("step", "images_seen", "seconds")}
 
 
-# ---------------------------------------------------------------------------------------------- reference
+def sendable(images):
+    """Yields (source, rows) by which every rank can read images: the file of a memory map, else
+    arrays of 256 MB."""
+    if not isinstance(images, Selection):
+        images = Selection(images, np.arange(len(images)))
+    file = getattr(images.images, "filename", None)
+    if file:
+        yield str(file), images.rows
+        return
+    step = max(1, 2**28 // images.images[0].nbytes)
+    for lo in range(0, len(images), step):
+        part = images[lo:lo + step]
+        yield part, np.arange(len(part))
+
+
 class Reference:
-    """The full training set under one encoder: mu and sigma of all of it, and the features of up to `most` images for neighbours and kernels.
+    """The full training set under one encoder.
 
-    With a file `statistics` mu and sigma are those in it. Of a data folder that holds latents only there are no features (None).
+    mu, sigma: of all of it, or those in the file `statistics`. features (R, D), labels (R,): of up
+    to `most` images, for neighbours and kernels. test: features of the held-out images, heldout:
+    their distance. Of a data folder that holds latents only there are no features (None).
+
+    As a matrix of features it is the whole training set, which gaussian_stats goes over once, block
+    by block; what is not held is encoded as it is read.
     """
 
-    def __init__(self, d, enc, team, most, seed, statistics=None):
-        self.d, self.enc, self.team = d, enc, team
+    def __init__(self, data, team, most, seed, statistics=None):
+        N = len(data.labels)
+        self.data = data
+        self.team = team
+        self.enc = team.enc
+        self.shape = (N, self.enc.width)
         self.features = self.test = self.heldout = self.n = None
         if statistics:
-            self.mu, self.sigma = read_statistics(statistics, enc.width)
-        if d.images is None:
+            self.mu, self.sigma = read_statistics(statistics, self.enc.width)
+        if data.images is None:
             return
-        self.rows = np.sort(np.random.default_rng([seed, 0]).choice(len(d.labels), min(most, len(d.labels)), replace=False))
-        self.features = team.encode(enc, Selection(d.images, self.rows), title=f"{enc.name}: reference")       # (R, D)
-        self.labels = d.labels[self.rows]
+        self.rows = some_rows(N, most, [seed, 0])
+        title = f"{self.enc.name}: reference"
+        self.features = team.encode(Selection(data.images, self.rows), title=title)
+        self.labels = data.labels[self.rows]
         if not statistics:
-            self.mu, self.sigma, self.n = self._cached(d.folder / f"stats_{enc.name}.npz")
-        self.test = None if d.test_images is None else team.encode(enc, d.test_images)
-        self.heldout = None if self.test is None or len(self.test) < 2 else self.distance(self.test)
+            self.mu, self.sigma = self.full_statistics(data.folder / f"stats_{self.enc.name}.npz")
+            self.n = N
+        if data.test_images is not None:
+            self.test = team.encode(data.test_images)
+            if len(self.test) > 1:
+                self.heldout = self.distance(self.test)
 
-    def _cached(self, cache):
-        key = f"{self.enc.identity} {self.d.info['sha256']}"
+    def full_statistics(self, cache):
+        """(mu, sigma) of the whole training set, out of the file `cache` where it holds them."""
+        key = f"{self.enc.identity} {self.data.info['sha256']}"
         try:
             with np.load(cache, allow_pickle=False) as z:
                 if str(z["key"]) == key:
-                    return z["mu"], z["sigma"], int(z["n"])
-        except Exception:                                             # absent, damaged or of another kind: it is only a cache
-            pass
+                    return z["mu"], z["sigma"]
+        except Exception:
+            pass                         # absent, damaged or of another kind: it is only a cache
         mu, sigma = metrics.gaussian_stats(self, device=self.enc.device)
         try:
             with common.atomic(cache) as tmp, open(tmp, "wb") as f:
-                np.savez(f, mu=mu, sigma=sigma, n=len(self.d.labels), key=key)
-        except OSError as e:                                          # a shared, read-only data set
-            common.log(f"note: {cache} is not kept ({e.strerror}): the next call encodes the whole set again")
-        return mu, sigma, len(self.d.labels)
-
-    # The whole training set as a matrix of features: gaussian_stats goes over it once, block by block. What is not held is encoded as it is read.
-    shape = property(lambda self: (len(self.d.labels), self.enc.width))
+                np.savez(f, mu=mu, sigma=sigma, n=len(self), key=key)
+        except OSError as e:
+            # A shared data set is read-only as a rule.
+            common.log(f"note: {cache} is not kept ({e.strerror}): the next call encodes the whole "
+                       "set again")
+        return mu, sigma
 
     def __len__(self):
-        return len(self.d.labels)
+        return self.shape[0]
 
     def __getitem__(self, index):
         return self.of(np.arange(len(self))[index])
 
     def of(self, rows):
         """Features (n, D) of these training images."""
-        return self.features[rows] if len(self.rows) == len(self) else self.team.encode(self.enc, Selection(self.d.images, rows))
+        if len(self.rows) == len(self):
+            return self.features[rows]
+        return self.team.encode(Selection(self.data.images, rows))
+
+    def encode(self, images):
+        """Features (n, D) of any images; those of the training set may be held."""
+        if isinstance(images, Selection) and images.images is self.data.images:
+            return self.of(images.rows)
+        return self.team.encode(images)
 
     def distance(self, features):
-        return metrics.frechet_distance(self.mu, self.sigma, *metrics.gaussian_stats(features))
+        mu, sigma = metrics.gaussian_stats(features)
+        return metrics.frechet_distance(self.mu, self.sigma, mu, sigma)
+
+
+# ------------------------------------------------------------------ one run under one encoder
+def figures(run, ref, args):
+    """Everything that is measured of a run's samples under one encoder.
+
+    n is stored with each figure that depends on it.
+    """
+    data = ref.data
+    z = ref.team.encode(run.images, title=f"{ref.enc.name}: {run.name}")              # (n, D)
+    out = distances(z, run, ref, args)
+    if ref.features is not None and run.labels is not None and data.num_classes > 1:
+        out |= class_figures(z, run, ref, args.seed)
+    if ref.enc.name == "inception" and len(z) >= 10:
+        logits = ref.team.encode(run.images, "logits")
+        shuffled = logits[np.random.default_rng(args.seed).permutation(len(z))]
+        mean, std = metrics.inception_score(shuffled)
+        out["inception_score"] = dict(mean=mean, std=std, splits=10)
+    if ref.features is not None:
+        out |= neighbour_figures(z, ref, args.seed)
+    return out
+
+
+def distances(z, run, ref, args):
+    """Distances of the samples z (n, D), of real images and of the kept subset to the reference."""
+    enc = ref.enc
+    n = len(z)
+    held = None if ref.test is None else len(ref.test)
+    out = {"identity": enc.identity,
+           "distance": "FID" if enc.name == "inception" else f"FD ({enc.name})",
+           "n": n,
+           "reference": args.reference_stats or f"{ref.data.info['name']}, the full training set",
+           "reference_n": ref.n, "fd": ref.distance(z), "fd_heldout": ref.heldout,
+           "fd_heldout_n": held}
+    if ref.heldout is not None and n >= held:
+        # A distance falls as n grows: the samples once more at the held-out images' n.
+        out["fd_at_heldout_n"] = ref.distance(z[some_rows(n, held, [args.seed, 3])])
+    if n <= enc.width:
+        common.log(f"note: {n} samples for {enc.width} features: the covariance is singular and "
+                   "the distance far too large; draw more samples")
+    if args.bootstrap:
+        mean, std, low, high = metrics.bootstrap_frechet(z, ref.mu, ref.sigma, args.bootstrap,
+                                                         args.seed)
+        out["fd_bootstrap"] = dict(repeats=args.bootstrap, mean=mean, std=std, low=low, high=high)
+    if ref.features is not None and run.keep is not None:
+        # What a perfect copier of the subset would score.
+        out["fd_subset"] = None
+        if len(run.keep) > 1:
+            out["fd_subset"] = ref.distance(ref.of(run.keep))
+    return out
+
+
+def class_figures(z, run, ref, seed):
+    """Distances class by class, and how often the scratch network reads the label asked for."""
+    data = ref.data
+    out = {}
+    real = ()
+    if ref.test is not None:
+        real = (ref.test, data.test_labels)
+    try:
+        out["per_class"] = metrics.per_class_frechet(z, run.labels, ref.features, ref.labels,
+                                                     data.num_classes, seed, *real)
+    except ValueError as e:
+        common.log(f"note: no distance per class: {e}")
+    if ref.enc.name == "scratch":
+        read = ref.team.encode(run.images, "logits").argmax(1)        # (n,)
+        out["read_as_labelled"] = float((read == run.labels).mean())
+    return out
+
+
+def neighbour_figures(z, ref, seed):
+    """What compares with single images of the training set."""
+    mean, error, size = metrics.kid(z, ref.features, seed=seed)
+    out = {"kid": dict(mean=mean, standard_error=error, subset_size=size, subsets=100)}
+    # Equally many of both, for these four depend on n.
+    m = min(len(z), len(ref.features))
+    real = ref.features[some_rows(len(ref.features), m, [seed, 1])]   # (m, D)
+    fake = z[some_rows(len(z), m, [seed, 1])]                         # (m, D)
+    if m > 5:
+        device = ref.enc.device
+        out |= metrics.precision_recall(real, fake, 3, device)
+        out |= dict(neighbours_n=m, precision_k=3)
+        out |= metrics.density_coverage(real, fake, 5, device)
+        out |= dict(density_k=5)
+    return out
+
+
+# ----------------------------------------------------------------------- copies of what was seen
+def audit(run, ref, args, baseline):
+    """The audit of metrics.memorisation_audit, in pixels and under the encoder, and nearest.png.
+
+    baseline: samples of a model of the full set, or None. Rank 0 holds one space's vectors of the
+    images seen and of those they are compared with; a space that would need more than AUDIT_BYTES
+    is left out, and that is said.
+    """
+    data = ref.data
+    sets = audit_sets(run, ref, args.seed)
+    if isinstance(sets, str):
+        return {"skipped": sets}
+    rows = some_rows(len(run.images), args.audit_samples, [args.seed, 2])
+    samples = Selection(run.images, rows)
+    out = {"n": len(rows), "draws": DRAWS, "noise": NOISE, "model_of": sets.model_of}
+    if sets.model_of == "the full set":
+        baseline = None
+    # Pixels are always the raw ones, not the encoder of that name.
+    spaces = {ref.enc.name: (ref.encode, ref.enc.width), "pixels": (raw, data.images[0].size)}
+    encode = None
+    for space, (vectors_of, width) in spaces.items():
+        size = 4 * width * (len(sets.seen) + len(sets.pool))
+        if size > AUDIT_BYTES:
+            common.log(f"note: {run.name}: no memorisation audit in {space}: {size / 1e9:.0f} GB "
+                       f"of vectors, more than {AUDIT_BYTES / 1e9:.0f}")
+            out.setdefault("left_out", []).append(space)
+            continue
+        encode = vectors_of
+        try:
+            out[space] = metrics.memorisation_audit(
+                encode, samples, sets.seen, sets.seen_labels, sets.pool, sets.pool_labels,
+                sets.heldout, baseline, DRAWS, args.seed, NOISE, device=ref.enc.device,
+                alike=sets.alike)
+        except ValueError as e:
+            return {"skipped": str(e)}
+    if encode is None:
+        return {"skipped": f"more than {AUDIT_BYTES / 1e9:.0f} GB of vectors"}
+    # The last space that was measured: pixels, where they fit.
+    nearest_picture(run.out / "nearest.png", samples, sets.seen, encode, ref.enc.device)
+    return out
+
+
+def audit_sets(run, ref, seed):
+    """What the model has seen, and what the audit compares that with; or, in words, why it cannot.
+
+    A model of a subset is compared with unseen training images, one of the full set with the
+    held-out images.
+    """
+    data = ref.data
+    if ref.features is None:
+        return "the data folder holds latents only, and the audit compares pixels"
+    N = len(data.labels)
+    keep = np.arange(N) if run.keep is None else run.keep
+    rest = np.setdiff1d(np.arange(N), keep, assume_unique=True)
+    sets = SimpleNamespace(seen=Selection(data.images, keep), seen_labels=data.labels[keep])
+    sets.heldout = sets.alike = None
+    if len(rest):
+        # All draws together take no more of a class than this.
+        limits = DRAWS * np.bincount(sets.seen_labels, minlength=data.num_classes)
+        rest = at_most(rest, data.labels, limits, np.random.default_rng([seed, 4]))
+        sets.model_of = "a subset"
+        sets.pool = Selection(data.images, rest)
+        sets.pool_labels = data.labels[rest]
+        sets.heldout = data.test_images
+        if ref.test is not None:
+            sets.alike = images_alike(ref, keep)
+    else:
+        if data.test_images is None:
+            return ("a model of the full set, and the data folder has no held-out images to compare "
+                    "with")
+        sets.model_of = "the full set"
+        sets.pool = data.test_images
+        sets.pool_labels = data.test_labels
+    return sets
+
+
+def images_alike(ref, keep):
+    """The held-out images that look most like those of the subset, or None where there are none.
+
+    As large a share as the subset is, but enough of them to count.
+    """
+    data = ref.data
+    share = max(len(keep) / len(data.labels), min(1 / 3, 1000 / len(ref.test)))
+    rows = metrics.most_alike(ref.test, data.test_labels, ref.of(keep), data.labels[keep],
+                              ref.features, ref.labels, share)
+    return Selection(data.test_images, rows) if len(rows) else None
+
+
+def nearest_picture(path, samples, seen, encode, device):
+    """The 16 most suspicious samples (above) and the nearest image that the model has seen."""
+    x = encode(samples)
+    train = encode(seen)
+    dist, index = metrics.knn(x, train, min(51, len(train)), device=device)          # (n, 51) each
+    suspicion = dist[:, 0] / dist[:, 1:].mean(1).clip(1e-9)           # low: far nearer to one image
+    worst = np.argsort(suspicion, kind="stable")[:16]
+    common.save_grid(path, np.stack([samples[worst], seen[index[worst, 0]]]))        # (2, 16, H, W, C)
+
+
+def joined(old, new):
+    """The audit `new` with those spaces of an earlier one that other judges gave, at the same n."""
+    if not old or "skipped" in old or "skipped" in new or old.get("n") != new.get("n"):
+        return new
+    return {**old, **new}
+
+
+# ------------------------------------------------------------------------- quality over training
+def trajectory(run, ref, args):
+    """Distance of every kept checkpoint, drawn with the labels, seeds and settings of sample.py.
+
+    The last point therefore equals the run's own distance (to the last bit of the network's sums)
+    when n is the same.
+    """
+    path = run.out / "trajectory.json"
+    y = run.drawn[:args.trajectory_num]
+    n = len(y)
+    key = {"settings": {name: run.sampling[name] for name in DRAWN_WITH},
+           "labels": array_hash(y), "n": n, "data": ref.data.info["sha256"],
+           "identity": ref.enc.identity,
+           "checkpoints": {file.name: common.sha256(file) for file in run.checkpoints}}
+    if args.reference_stats:
+        key["reference"] = common.sha256(args.reference_stats)
+    if path.exists() and not args.overwrite:
+        if common.load_json(path, "points of evaluate.py").get("key") == key:
+            common.log(f"{path}: complete; nothing to do (--overwrite draws again)")
+            return
+    points = []
+    for file in run.checkpoints:
+        shares = ref.team.ask("draw_share", str(file), run.sampling, y)
+        state = shares[0][1]
+        z = np.concatenate([share for share, _ in shares if share is not None])      # (n, D)
+        fd = ref.distance(z)
+        points.append({**state, "fd": fd, "n": n})
+        common.log(f"{run.name}: step {state['step']:,}, {state['images_seen']:,} images, "
+                   f"{state['seconds']:,.0f} s: {fd:.3f}")
+    common.save_json(path, {"encoder": ref.enc.identity, "name": ref.enc.name, "points": points,
+                            "key": key})
+
+
+# ------------------------------------------------------------------------------------ all runs
+def measure(args, inputs, team, weights, todo):
+    """The runs `todo` under the team's encoder, by rank 0."""
+    with common.user_errors():
+        ref = Reference(inputs.data, team, args.reference_max, args.seed, args.reference_stats)
+    for run in todo:
+        with common.user_errors():
+            if args.trajectory:
+                trajectory(run, ref, args)
+            else:
+                measure_samples(run, ref, args, inputs, weights)
+
+
+def measure_samples(run, ref, args, inputs, weights):
+    """RUN/metrics.json, with what other encoders gave for the same samples."""
+    start = time.time()
+    info = inputs.data.info
+    name = ref.enc.name
+    old = earlier(run, info)
+    memo = old.get("memorisation")
+    row = figures(run, ref, args)
+    row["settings"] = settings(run, name, weights, args, inputs)
+    row["circular"] = name in run.judges
+    if args.audit and run.known and name == args.encoder[0]:
+        memo = joined(memo, audit(run, ref, args, inputs.baseline))
+    row["seconds"] = round(time.time() - start, 2)
+    common.save_json(run.out / "metrics.json", {
+        "run": run.name, "data": info["name"], "data_sha256": info["sha256"],
+        "samples_sha256": run.sha256, "protocol": {**run.protocol, "image_format": run.format},
+        "encoders": {**old.get("encoders", {}), name: row}, "memorisation": memo,
+        "provenance": common.provenance()})
+    tell(run, row, memo)
+
+
+def tell(run, row, memo):
+    """The figures of one run, on one line."""
+    text = f"{row['distance']} {row['fd']:.3f} (n={row['n']:,}"
+    if row["fd_heldout"] is not None:
+        text += f"; held-out images {row['fd_heldout']:.3f}, n={row['fd_heldout_n']}"
+    said = [text + ")"]
+    if row.get("fd_subset") is not None:
+        said.append(f"the subset itself {row['fd_subset']:.3f}")
+    if "per_class" in row:
+        c = row["per_class"]
+        said.append(f"worst class {c['worst']}: {c['worst_fd']:.2f} (n={c['n']}, real images "
+                    f"{c['real_mean']:.2f})")
+    if "precision" in row:
+        said.append(f"precision {row['precision']:.3f}, recall {row['recall']:.3f}, "
+                    f"density {row['density']:.3f}, coverage {row['coverage']:.3f} "
+                    f"(n={row['neighbours_n']:,})")
+    if "kid" in row:
+        kid = row["kid"]
+        said.append(f"KID {kid['mean']:.4f} +- {kid['standard_error']:.4f} "
+                    f"(subsets of {kid['subset_size']})")
+    if "read_as_labelled" in row:
+        said.append(f"read as labelled {row['read_as_labelled']:.1%}")
+    if memo and "pixels" in memo:
+        share = {name: f"{figure['share']:.2f}" for name, figure in memo["pixels"].items()}
+        said.append(f"nearer to seen than to unseen images {share['samples']} (held-out "
+                    f"{share.get('heldout', '-')}, seen + noise {share['noise']})")
+    if row["circular"]:
+        said.append("WARNING: this judge also selected or was aligned to")
+    common.log(f"{run.name}: " + "; ".join(said))
+
+
+# ----------------------------------------------------------------------------------------- inputs
+@dataclass
+class Run:
+    """Samples, and what is known of the model that drew them."""
+    out: Path                        # where its figures go
+    images: np.ndarray               # uint8 (n, H, W, C)
+    labels: np.ndarray | None        # (n,), or None: not known, or none of the data set's
+    drawn: np.ndarray | None         # labels of all the samples that there are
+    format: str                      # of the samples, in words
+    sha256: str                      # of the samples
+    protocol: dict = field(default_factory=dict)
+    sampling: dict | None = None     # the flags of sample.py, which a trajectory draws by
+    checkpoints: tuple = ()          # that a trajectory follows
+    known: bool = False              # train.py left its record there
+    keep: np.ndarray | None = None   # (M,) images it was trained on; None: all, or not known
+    judges: set = field(default_factory=set)       # that chose its images, or that it is aligned to
+
+    @property
+    def name(self):
+        return self.out.name
+
+
+def read_samples(path):
+    """(images uint8 (n, H, W, C), labels (n,) or None) of a file, or of a folder of pictures at any
+    depth. An .npz holds arr_0 or images, and may hold arr_1 or labels."""
+    path = Path(path)
+    labels = None
+    if path.is_dir():
+        images = read_folder(path)
+    elif path.suffix.lower() == ".npz":
+        what = "an .npz with arr_0 or images, uint8 (n, H, W, C),"
+        z = common.load_npz(path, ("arr_0", "arr_1", "images", "labels"), what)
+        images = z.get("arr_0", z.get("images", np.empty(0)))
+        labels = z.get("arr_1", z.get("labels"))
+    else:
+        images = common.load_npy(path, "samples, uint8 (n, H, W, C)", (None,) * 4, "u")
+        beside = path.parent / "sample_labels.npy"
+        if path.name == "samples.npy" and beside.exists():
+            what = "labels of the samples, int64 (n,)"
+            labels = np.array(common.load_npy(beside, what, (len(images),), "iu"))
+    sound = images.dtype == np.uint8 and images.ndim == 4 and images.shape[3] in (1, 3)
+    common.need(sound, f"{path}: {images.dtype} {images.shape}, but samples must be uint8 "
+                       "(n, H, W, 1 or 3)")
+    if labels is not None:
+        sound = labels.shape == (len(images),) and labels.dtype.kind in "iu"
+        common.need(sound, f"{path}: {len(images)} samples but labels {labels.dtype} of shape "
+                           f"{labels.shape}; one integer per sample expected")
+    return images, labels
+
+
+def pictures(folder):
+    """Files of a kind that Pillow knows in a folder, at any depth, sorted."""
+    from PIL import Image
+    known = Image.registered_extensions()
+    return sorted(file for file in folder.rglob("*")
+                  if file.suffix.lower() in known and not file.name.startswith("."))
+
+
+def read_folder(folder):
+    from PIL import Image
+    files = pictures(folder)
+    common.need(files, f"{folder}: no picture in it or below it; give the folder, .npy or .npz "
+                       "that holds the samples")
+    images = None
+    for k, file in enumerate(common.progress(files, desc=str(folder))):
+        with common.reading(file, "picture", "remove or replace it"):
+            with common.no_bombs(), Image.open(file) as picture:
+                if picture.mode[0] in "IF":
+                    raise ValueError(f"mode {picture.mode}: more than 8 bits a channel")
+                x = np.asarray(picture if picture.mode == "L" else picture.convert("RGB"))
+        if images is None:
+            images = np.empty((len(files), *x.shape), np.uint8)
+        common.need(x.shape == images.shape[1:],
+                    f"{file}: shape {x.shape}, but {files[0].name} has {images.shape[1:]}; bring "
+                    "all samples to one size")
+        images[k] = x
+    return images if images.ndim == 4 else images[..., None]
 
 
 def read_statistics(path, width=None):
-    """(mu, sigma) from an .npz of somebody else: mu/sigma (pytorch-fid, ADM) or m2/s2 (lucidrains). Refused when the width is not the encoder's."""
+    """(mu, sigma) of an .npz of somebody else: mu, sigma (pytorch-fid, ADM) or m2, s2 (lucidrains).
+
+    width: of the encoder's features, where it is known.
+    """
     what = "an .npz with mu and sigma, or m2 and s2,"
     z = common.load_npz(path, ("mu", "sigma", "m2", "s2"), what)
-    if not (pair := next((p for p in (("mu", "sigma"), ("m2", "s2")) if set(p) <= set(z)), None)):
-        raise common.UserError(f"{path}: holds {', '.join(z)} only; {what} expected")
-    mu, sigma = (z[k] for k in pair)
-    if mu.dtype.kind != "f" or sigma.dtype.kind != "f" or mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
-        raise common.UserError(f"{path}: mu {mu.dtype} {mu.shape} and sigma {sigma.dtype} {sigma.shape}, but floats (D,) and (D, D) are expected")
-    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-        raise common.UserError(f"{path}: mu or sigma holds NaN or infinity; make it again")
-    if not np.allclose(sigma, sigma.T, rtol=1e-3, atol=1e-3 * np.abs(sigma).max(initial=0)) or (sigma.diagonal() < 0).any():
-        raise common.UserError(f"{path}: sigma is no covariance: it must be symmetric, without a negative variance; make it again")
-    if width is not None and len(mu) != width:
-        raise common.UserError(f"{path}: statistics of {len(mu)} features, but the encoder's are {width}; take those of the same encoder")
+    pairs = [(z[m], z[s]) for m, s in (("mu", "sigma"), ("m2", "s2")) if m in z and s in z]
+    common.need(pairs, f"{path}: holds {', '.join(z)} only; {what} expected")
+    mu, sigma = pairs[0]
+    D = len(mu) if mu.ndim == 1 else -1
+    floats = mu.dtype.kind == "f" and sigma.dtype.kind == "f"
+    common.need(floats and sigma.shape == (D, D),
+                f"{path}: mu {mu.dtype} {mu.shape} and sigma {sigma.dtype} {sigma.shape}, but "
+                "floats (D,) and (D, D) are expected")
+    common.need(np.isfinite(mu).all() and np.isfinite(sigma).all(),
+                f"{path}: mu or sigma holds NaN or infinity; make it again")
+    tolerance = 1e-3 * np.abs(sigma).max(initial=0)
+    symmetric = np.allclose(sigma, sigma.T, rtol=1e-3, atol=tolerance)
+    common.need(symmetric and (sigma.diagonal() >= 0).all(),
+                f"{path}: sigma is no covariance: it must be symmetric, without a negative "
+                "variance; make it again")
+    common.need(width in (None, D), f"{path}: statistics of {D} features, but the encoder's are "
+                                    f"{width}; take those of the same encoder")
     return mu.astype(np.float64), sigma.astype(np.float64)
 
 
-# ---------------------------------------------------------------------------------------------- one run under one encoder
-def figures(run, ref, a):
-    """Everything that is measured of run's samples under one encoder; n is printed with each figure that depends on it."""
-    d, enc, n = ref.d, ref.enc, len(run.images)
-    z = ref.team.encode(enc, run.images, title=f"{enc.name}: {run.name}")                                 # (n, D)
-    out = {"identity": enc.identity, "distance": "FID" if enc.name == "inception" else f"FD ({enc.name})", "n": n,
-           "reference": a.reference_stats or f"{d.info['name']}, the full training set", "reference_n": ref.n,
-           "fd": ref.distance(z), "fd_heldout": ref.heldout, "fd_heldout_n": None if ref.test is None else len(ref.test)}
-    if out["fd_heldout"] is not None and n >= len(ref.test):          # a distance falls as n grows: the samples once more at the held-out images' n
-        some = np.sort(np.random.default_rng([a.seed, 3]).choice(n, len(ref.test), replace=False))
-        out["fd_at_heldout_n"] = ref.distance(z[some])
-    if n <= enc.width:
-        common.log(f"note: {n} samples for {enc.width} features: the covariance is singular and the distance far too large; draw more samples")
-    if a.bootstrap:
-        mean, std, low, high = metrics.bootstrap_frechet(z, ref.mu, ref.sigma, a.bootstrap, a.seed)
-        out["fd_bootstrap"] = dict(repeats=a.bootstrap, mean=mean, std=std, low=low, high=high)
-    if ref.features is not None and run.keep is not None:             # what a perfect copier of the subset would score
-        out["fd_subset"] = ref.distance(ref.of(run.keep)) if len(run.keep) > 1 else None
-    if ref.features is not None and run.labels is not None and d.num_classes > 1:
-        try:
-            out["per_class"] = metrics.per_class_frechet(z, run.labels, ref.features, ref.labels, d.num_classes, a.seed,
-                                                         *((ref.test, d.test_labels) if ref.test is not None else ()))
-        except ValueError as e:
-            common.log(f"note: no distance per class: {e}")
-        if enc.name == "scratch":
-            logits = ref.team.encode(enc, run.images, "logits")
-            out["read_as_labelled"] = float((logits.argmax(1) == run.labels).mean())
-    if enc.name == "inception" and n >= 10:
-        logits = ref.team.encode(enc, run.images, "logits")[np.random.default_rng(a.seed).permutation(n)]
-        out["inception_score"] = dict(zip(("mean", "std"), metrics.inception_score(logits)), splits=10)
-    if ref.features is None:                                          # what follows compares with single images
-        return out
-    mean, error, size = metrics.kid(z, ref.features, seed=a.seed)
-    out["kid"] = dict(mean=mean, standard_error=error, subset_size=size, subsets=100)
-    m = min(n, len(ref.features))                                     # equally many of both: these four depend on n
-    pick = lambda x: x[np.sort(np.random.default_rng([a.seed, 1]).choice(len(x), m, replace=False))]     # noqa: E731
-    real, fake, device = pick(ref.features), pick(z), enc.device
-    if m > 5:
-        out.update(metrics.precision_recall(real, fake, 3, device), neighbours_n=m, precision_k=3)
-        out.update(metrics.density_coverage(real, fake, 5, device), density_k=5)
-    return out
+def judges_used(record):
+    """Names of the encoders that chose a run's images or that it is aligned to, by train.args.json.
+
+    They are no fair judges of it.
+    """
+    steps = common.upstream(record)
+    return {step.encoder for step in steps if step.role in ("chose", "aligned")} - {""}
 
 
-def at_most(rows, labels, limits, rng):
-    """Those of rows (n,), sorted, that are left when class c may have limits[c] of them; who goes is drawn."""
-    order = rows[rng.permutation(len(rows))]
-    order = order[np.argsort(labels[order], kind="stable")]           # by class
-    place = np.arange(len(order)) - np.searchsorted(labels[order], labels[order])               # within the class
-    return np.sort(order[place < limits[labels[order]]])
-
-
-def raw(images):
-    """Pixel space: (n, H * W * C) float32 in [-1, 1] of uint8 images or a Selection of some."""
-    out = np.empty((len(images), images[:1].size), np.float32)
-    for lo in range(0, len(out), 1024):
-        out[lo:lo + 1024] = np.asarray(images[lo:lo + 1024]).reshape(-1, out.shape[1]) / 127.5 - 1
-    return out
-
-
-def audit(run, ref, a, baseline, draws=20):
-    """The memorisation audit of metrics.memorisation_audit in pixels and under the encoder, and nearest.png. Rank 0 holds one space's vectors of the
-    images seen and of those they are compared with; a space that would need more than AUDIT_BYTES is left out, and said so."""
-    if ref.features is None:
-        return {"skipped": "the data folder holds latents only, and the audit compares pixels"}
-    d, keep = ref.d, run.keep if run.keep is not None else np.arange(len(ref.d.labels))
-    rest = np.setdiff1d(np.arange(len(d.labels)), keep, assume_unique=True)
-    if len(rest):                                                     # a model of a subset: unseen training images to compare with
-        limits = draws * np.bincount(d.labels[keep], minlength=d.num_classes)                   # all draws together take no more of a class
-        rest = at_most(rest, d.labels, limits, np.random.default_rng([a.seed, 4]))
-        pool, pool_labels, heldout = Selection(d.images, rest), d.labels[rest], d.test_images
-    elif d.test_images is not None:                                   # a model of the full set: the held-out split
-        pool, pool_labels, heldout = d.test_images, d.test_labels, None
+def open_run(out, samples, data, args):
+    """A Run, checked."""
+    samples = Path(samples)
+    images, labels = read_samples(samples)
+    drawn = labels
+    if args.num:
+        common.need(args.num <= len(images), f"{samples}: {len(images)} samples, fewer than --num "
+                                             f"{args.num}; draw more with sample.py")
+        images = images[:args.num]
+        labels = None if labels is None else labels[:args.num]
+    common.need(len(images) > 1, f"{samples}: {len(images)} samples, a distance needs at least 2; "
+                                 "draw more with sample.py")
+    if data.images is not None:
+        check_size(samples, images, data, args.encoder)
+    if labels is not None and (labels.min() < 0 or labels.max() >= data.num_classes):
+        common.log(f"note: {samples}: labels outside the data set's {data.num_classes} classes "
+                   "(drawn without class?): nothing is measured per class")
+        labels = None
+    if samples.is_file():
+        form = "uint8 arrays"
+        digest = common.sha256(samples)
     else:
-        return {"skipped": "a model of the full set, and the data folder has no held-out images to compare with"}
-    thin = np.sort(np.random.default_rng([a.seed, 2]).choice(len(run.images), min(len(run.images), a.audit_samples), replace=False))
-    samples, seen, device = Selection(run.images, thin), Selection(d.images, keep), ref.enc.device
-
-    def encoded(x):
-        return ref.of(x.rows) if isinstance(x, Selection) and x.images is d.images else ref.team.encode(ref.enc, x)
-    alike = None
-    if len(rest) and ref.test is not None:                            # the held-out images of the subset's kind: as large a share, but enough of them to count
-        share = max(len(keep) / len(d.labels), min(1 / 3, 1000 / len(ref.test)))
-        alike = Selection(d.test_images, metrics.most_alike(ref.test, d.test_labels, ref.of(keep), d.labels[keep], ref.features, ref.labels, share))
-        alike = alike if len(alike) else None
-    spaces = {ref.enc.name: (encoded, ref.enc.width), "pixels": (raw, d.images[0].size)}        # "pixels" is always the raw ones, not the encoder
-    out = {"n": len(thin), "draws": draws, "noise": 0.2, "model_of": "a subset" if len(rest) else "the full set"}
-    for space, (encode, width) in list(spaces.items()):
-        if (need := 4 * width * (len(seen) + len(pool))) > AUDIT_BYTES:
-            common.log(f"note: {run.name}: no memorisation audit in {space}: {need / 1e9:.0f} GB of vectors, more than {AUDIT_BYTES / 1e9:.0f}")
-            out.setdefault("left_out", []).append(space)
-            del spaces[space]
-            continue
-        try:
-            out[space] = metrics.memorisation_audit(encode, samples, seen, d.labels[keep], pool, pool_labels, heldout,
-                                                    baseline if len(rest) else None, draws, a.seed, device=device, alike=alike)
-        except ValueError as e:
-            return {"skipped": str(e)}
-    if not spaces:
-        return {"skipped": f"more than {AUDIT_BYTES / 1e9:.0f} GB of vectors"}
-    encode = list(spaces.values())[-1][0]                             # pixels, where they fit
-    x, train = encode(samples), encode(seen)
-    dist, index = metrics.knn(x, train, min(51, len(train)), device=device)
-    worst = np.argsort(dist[:, 0] / dist[:, 1:].mean(1).clip(1e-9), kind="stable")[:16]
-    common.save_grid(run.out / "nearest.png", np.stack([samples[worst], seen[index[worst, 0]]]))          # (2, 16, H, W, C)
-    return out
-
-
-# ---------------------------------------------------------------------------------------------- quality over training
-def step_of(file):
-    """The step in the name of step_0005000.pt."""
-    if not (step := file.stem.removeprefix("step_")).isdecimal():
-        raise common.UserError(f"{file}: its name has no step, as in step_0005000.pt; rename it or move it away")
-    return int(step)
-
-
-def trajectory(run, ref, a):
-    """Distance of every kept checkpoint of a run, each with the labels, seeds and settings with which sample.py drew the run's samples.
-
-    The last point therefore equals the run's own distance (to the last bit of the network's sums) when n is the same.
-    """
-    record = common.load_record(run.out / "sample.args.json")["args"]     # whose settings the trajectory uses
-    files = sorted(run.out.glob("step_*.pt"), key=step_of)
-    last = common.load_pt(run.out / "last.pt")["step"] if (run.out / "last.pt").exists() else 0
-    files += [run.out / "last.pt"] if last > step_of(files[-1]) else []        # --steps is no multiple of --checkpoint-every
-    y = run.drawn[:a.trajectory_num]
-    key = {"settings": {k: record[k] for k in DRAWN_WITH}, "labels": array_hash(y), "n": len(y), "data": ref.d.info["sha256"],
-           "identity": ref.enc.identity, "checkpoints": {f.name: common.sha256(f) for f in files}}
-    if a.reference_stats:
-        key["reference"] = common.sha256(a.reference_stats)
-    path, rows, n = run.out / "trajectory.json", [], len(y)
-    if path.exists() and not a.overwrite and common.load_json(path, "points of evaluate.py").get("key") == key:
-        return common.log(f"{path}: complete; nothing to do (--overwrite draws again)")
-    for file in files:
-        parts = ref.team.call("draw", ref.team.encs.index(ref.enc), str(file), record, y)
-        fd, state = ref.distance(np.concatenate([z for z, _ in parts if z is not None])), parts[0][1]
-        rows.append({**state, "fd": fd, "n": n})
-        common.log(f"{run.name}: step {state['step']:,}, {state['images_seen']:,} images, {state['seconds']:,.0f} s: {fd:.3f}")
-    common.save_json(path, {"encoder": ref.enc.identity, "name": ref.enc.name, "points": rows, "key": key})
-
-
-# ---------------------------------------------------------------------------------------------- the runs
-def judges_used(folder, aligned=True):
-    """Names of the encoders that chose the kept set of `folder` (of prune.py or attach.py), or that a run is aligned to: no fair judges of it.
-
-    aligned: the run trained with the folder's attachments, not only on its kept set. Files of scores or features that another call made are followed.
-    """
-    used = set()
-    if (folder / "attach.args.json").exists():
-        made = common.load_record(folder / "attach.args.json")["args"]
-        if aligned:
-            used |= {made.get("visual")} - {None, "none"}
-        if made.get("select") in ("interval", "easy", "medium", "hard"):
-            used |= scorers(made, "difficulty", folder) if made.get("difficulty") else {"ddae"} if made.get("reference") else set()
-        if made.get("indices"):
-            used |= judges_used(Path(made["indices"]).parent, False)
-    if (folder / "prune.args.json").exists():
-        made = common.load_record(folder / "prune.args.json")["args"]
-        if made.get("scores"):
-            used |= scorers(made, "scores", folder)
-        if made.get("score") in ("el2n", "ccs"):
-            used.add("scratch")                                       # other seeds, but the same network on the same labels
-        elif made.get("score") not in (None, "random"):               # random scores name a surrogate too, and never look at it
-            used |= scorers(made, "features", folder) if made.get("features") else {made["surrogate"]}
-    return used
-
-
-def scorers(made, flag, folder):
-    """The networks behind the file of --features, --scores or --difficulty, as the records beside that file tell."""
-    home = Path(made[flag]).parent
-    prune, attach = home / "prune.args.json", home / "attach.args.json"
-    if home.resolve() == folder.resolve():                            # its own output: the first call's record is gone
-        return set()
-    if flag == "features":                                            # whatever that call then scored with
-        return {common.load_record(prune)["args"]["surrogate"]} if prune.exists() else set()
-    if attach.exists() and Path(made[flag]).name == "difficulty.npy":            # scored whatever that call selected by
-        origin = common.load_record(attach)["args"]
-        return scorers(origin, "difficulty", home) if origin.get("difficulty") else {"ddae"}
-    return judges_used(home, False)
-
-
-def open_run(out, samples, d, a):
-    """Samples, labels, kept indices and protocol of a run folder, checked. keep is None for a model of the full set or one we know nothing of."""
-    run = SimpleNamespace(out=Path(out), name=Path(out).name, keep=None, known=False, protocol={}, aligned=set())
-    run.images, run.labels = read_samples(samples)
-    run.drawn, run.data_sha256 = run.labels, d.info["sha256"]
-    run.format = "uint8 arrays" if Path(samples).is_file() else " and ".join(sorted({f.suffix.lower() for f in pictures(Path(samples))})) + " files"
-    if a.num:
-        if a.num > len(run.images):
-            raise common.UserError(f"{samples}: {len(run.images)} samples, fewer than --num {a.num}; draw more with sample.py")
-        run.images, run.labels = run.images[:a.num], None if run.labels is None else run.labels[:a.num]
-    if len(run.images) < 2:
-        raise common.UserError(f"{samples}: {len(run.images)} samples, a distance needs at least 2; draw more with sample.py")
-    for name in a.encoder if d.images is not None else ():
-        if not encoders.ENCODERS[name].size and run.images.shape[1:] != d.images.shape[1:]:
-            raise common.UserError(f"{samples}: samples of {run.images.shape[1:]}, but {d.info['name']} has {d.images.shape[1:]}, "
-                                   f"and encoder {name} does not resize; draw or bring them to that size")
-    if run.labels is not None and (run.labels.min() < 0 or run.labels.max() >= d.num_classes):
-        common.log(f"note: {samples}: labels outside the data set's {d.num_classes} classes (drawn without class?): nothing is measured per class")
-        run.labels = None
-    if a.trajectory and run.drawn is None:
-        raise common.UserError(f"{run.out / 'sample_labels.npy'}: no such file, and --trajectory draws with these labels; draw again with sample.py")
-    if a.trajectory and not any(run.out.glob("step_*.pt")):
-        raise common.UserError(f"{run.out}: no step_*.pt to follow; train with --checkpoint-every")
-    if a.trajectory and (a.trajectory_num or 0) > len(run.drawn):
-        raise common.UserError(f"{samples}: {len(run.drawn)} samples, fewer than --trajectory-num {a.trajectory_num}; draw more with sample.py")
-    run.sha256 = common.sha256(samples) if Path(samples).is_file() else hashlib.sha256(np.ascontiguousarray(run.images)).hexdigest()
-    if (run.out / "sample.args.json").exists():
-        record = common.load_record(run.out / "sample.args.json")
-        if record["seconds"] is None:
-            raise common.UserError(f"{out}: sample.py has not finished there; run its command again")
-        if record.get("data_sha256") not in (None, d.info["sha256"]):
-            raise common.UserError(f"{out}: was trained on {record.get('data')}, but --data {a.data} is {d.info['name']}; "
-                                   "evaluate on its own data set")
-        run.protocol = {k: record["args"][k] for k in DRAWN_WITH} | {
-            "checkpoint_step": record.get("step"), "weights": "EMA", "sample_seconds": record["seconds"]}
-    if (run.out / "train.args.json").exists():
-        record = common.load_record(run.out / "train.args.json")
-        made = record["args"]
-        source = made.get("indices") or (Path(made["attach"]) / "keep.npy" if made.get("attach") else None)
-        run.keep, run.known = common.load_indices(source, len(d.labels)) if source else None, True
-        if source:
-            trained_on = record.get("inputs", {}).get("indices" if made.get("indices") else "attach_keep")
-            if trained_on not in (None, common.sha256(source)):
-                raise common.UserError(f"{source}: the kept set has changed since {out} was trained on it; "
-                                       "train the run again, or bring the file back")
-            run.aligned = judges_used(Path(source).parent, bool(made.get("attach")))
+        form = " and ".join(sorted({file.suffix.lower() for file in pictures(samples)})) + " files"
+        digest = array_hash(images)
+    run = Run(Path(out), images, labels, drawn, form, digest)
+    read_sampling(run, data, args.data)
+    read_training(run, data)
+    if args.trajectory:
+        read_checkpoints(run, samples, args.trajectory_num)
     return run
 
 
-def settings(run, name, weights, a, d, full):
-    """What the figures of a run under an encoder depend on, beside its samples: when any of it has changed they are measured again."""
-    own = weights or (d.folder / "scratch.pt" if name == "scratch" else None)
-    digest = lambda path: common.sha256(path) if path and Path(path).is_file() else path and str(path)   # noqa: E731
-    return {"num": len(run.images), "seed": a.seed, "bootstrap": a.bootstrap, "audit": a.audit_samples if a.audit else 0, "data": d.info["sha256"],
-            "heldout": d.info.get("sha256_test"), "weights": digest(own), "reference_stats": digest(a.reference_stats),
-            "reference_max": a.reference_max, "labels": array_hash(run.labels), "kept": array_hash(run.keep),
-            "baseline": full.sha256 if full and run.keep is not None else None}
+def check_size(samples, images, data, names):
+    """An encoder that does not resize must be shown images of the data set's size."""
+    for name in names:
+        resizes = encoders.ENCODERS[name].size
+        common.need(resizes or images.shape[1:] == data.images.shape[1:],
+                    f"{samples}: samples of {images.shape[1:]}, but {data.info['name']} has "
+                    f"{data.images.shape[1:]}, and encoder {name} does not resize; draw or bring "
+                    "them to that size")
+
+
+def read_sampling(run, data, folder):
+    """How the samples were drawn, where sample.py says it."""
+    record = common.record_of(run.out, "sample")
+    if record is None:
+        return
+    common.need(record["seconds"] is not None,
+                f"{run.out}: sample.py has not finished there; run its command again")
+    common.need(record.get("data_sha256") in (None, data.info["sha256"]),
+                f"{run.out}: was trained on {record.get('data')}, but --data {folder} is "
+                f"{data.info['name']}; evaluate on its own data set")
+    run.sampling = record["args"]
+    run.protocol = {key: record["args"][key] for key in DRAWN_WITH}
+    run.protocol |= {"checkpoint_step": record.get("step"), "weights": "EMA",
+                     "sample_seconds": record["seconds"]}
+
+
+def read_training(run, data):
+    """What the model has seen, and by whose choice, where train.py says it."""
+    record = common.record_of(run.out, "train")
+    if record is None:
+        return
+    run.known = True
+    made = record["args"]
+    source = made.get("indices")
+    name = "indices"
+    if not source and made.get("attach"):
+        source = Path(made["attach"]) / "keep.npy"
+        name = "attach_keep"
+    if not source:
+        return
+    run.keep = common.load_indices(source, len(data.labels))
+    trained_on = record.get("inputs", {}).get(name)        # an old record does not tell
+    common.need(trained_on in (None, common.sha256(source)),
+                f"{source}: the kept set has changed since {run.out} was trained on it; train the "
+                "run again, or bring the file back")
+    run.judges = judges_used(record)
+
+
+def read_checkpoints(run, samples, num):
+    """What a trajectory of `num` samples needs (None: as many as the run drew)."""
+    labels = run.out / "sample_labels.npy"
+    common.need(run.drawn is not None, f"{labels}: no such file, and --trajectory draws with these "
+                                       "labels; draw again with sample.py")
+    files = sorted(run.out.glob("step_*.pt"), key=step_of)
+    common.need(files, f"{run.out}: no step_*.pt to follow; train with --checkpoint-every")
+    common.need((num or 0) <= len(run.drawn),
+                f"{samples}: {len(run.drawn)} samples, fewer than --trajectory-num {num}; draw "
+                "more with sample.py")
+    common.need(run.sampling, f"{run.out / 'sample.args.json'}: no such file, and --trajectory "
+                              "draws by it; draw again with sample.py")
+    last = run.out / "last.pt"
+    # --steps need not be a multiple of --checkpoint-every.
+    if last.exists() and common.load_pt(last)["step"] > step_of(files[-1]):
+        files.append(last)
+    run.checkpoints = files
+
+
+def step_of(file):
+    """The step in the name of step_0005000.pt."""
+    step = file.stem.removeprefix("step_")
+    common.need(step.isdecimal(), f"{file}: its name has no step, as in step_0005000.pt; rename it "
+                                  "or move it away")
+    return int(step)
+
+
+# ---------------------------------------------------------------------- what is measured already
+def settings(run, name, weights, args, inputs):
+    """What a run's figures under an encoder depend on, beside its samples.
+
+    When any of it has changed they are measured again.
+    """
+    info = inputs.data.info
+    if name == "scratch":
+        weights = weights or inputs.data.folder / "scratch.pt"
+    baseline = None
+    if inputs.full and run.keep is not None:
+        baseline = inputs.full.sha256
+    return {"num": len(run.images), "seed": args.seed, "bootstrap": args.bootstrap,
+            "audit": args.audit_samples if args.audit else 0, "data": info["sha256"],
+            "heldout": info.get("sha256_test"), "weights": digest_of(weights),
+            "reference_stats": digest_of(args.reference_stats),
+            "reference_max": args.reference_max, "labels": array_hash(run.labels),
+            "kept": array_hash(run.keep), "baseline": baseline}
+
+
+def digest_of(path):
+    """The hash of a file; of a folder, or of a file that is not there yet, its name."""
+    if path and Path(path).is_file():
+        return common.sha256(path)
+    return str(path) if path else None
 
 
 def array_hash(x):
     return None if x is None else hashlib.sha256(np.ascontiguousarray(x)).hexdigest()
 
 
-def earlier(run):
-    """(metrics.json as it stands, whether it is of these samples)."""
+def earlier(run, info):
+    """metrics.json as it stands, or {} where it is not of these samples and this data set."""
     file = run.out / "metrics.json"
-    old = common.load_json(file, "figures of evaluate.py", encoders=dict) if file.exists() else {}
-    return old, old.get("samples_sha256") == run.sha256 and old.get("data_sha256") == run.data_sha256
+    if not file.exists():
+        return {}
+    old = common.load_json(file, "figures of evaluate.py", encoders=dict)
+    same = old.get("samples_sha256") == run.sha256 and old.get("data_sha256") == info["sha256"]
+    return old if same else {}
 
 
-def plan(a, d, pairs):
-    """(runs, the one on the full set or None, [(encoder name, its weights, indices of the runs that it has to judge)]), all inputs checked."""
-    for out, samples in pairs:
-        if not Path(samples).exists():
-            raise common.UserError(f"{samples}: no samples there; draw them with sample.py --out {out}")
-    if a.reference_stats:
-        read_statistics(a.reference_stats)
-    if d.images is None and not a.reference_stats:
-        raise common.UserError(f"{d.folder}: holds latents only; give the statistics of its pixels with --reference-stats FILE.npz (mu and sigma, such as ADM's)")
-    for name in a.encoder if d.images is None else ():
-        if not encoders.ENCODERS[name].size:
-            raise common.UserError(f"{d.folder}: holds latents only, and encoder {name} needs its pixels; use --encoder inception")
-    runs, jobs = [open_run(out, samples, d, a) for out, samples in pairs], []
-    full = next((r for r in runs if r.known and r.keep is None), None)
-    for name, weights in zip(a.encoder, (a.encoder_weights or []) + [None] * len(a.encoder)):
+def is_measured(run, name, weights, args, inputs):
+    """Whether metrics.json holds the run's figures under an encoder, and they stand."""
+    row = earlier(run, inputs.data.info).get("encoders", {}).get(name)
+    if not row or args.overwrite or args.trajectory:
+        return False
+    return row.get("settings") == settings(run, name, weights, args, inputs)
+
+
+def load_inputs(args, data, places):
+    """What the flags name, checked, by rank 0. places: [(folder to write to, samples)].
+
+    A namespace: data, runs, full (that of them on the full set, or None), baseline (its samples for
+    the audit), jobs [(encoder, its weights, places in runs of those that it has to judge)].
+    """
+    for out, samples in places:
+        common.need(Path(samples).exists(),
+                    f"{samples}: no samples there; draw them with sample.py --out {out}")
+    if args.reference_stats:
+        read_statistics(args.reference_stats)
+    if data.images is None:
+        common.need(args.reference_stats,
+                    f"{data.folder}: holds latents only; give the statistics of its pixels with "
+                    "--reference-stats FILE.npz (mu and sigma, such as ADM's)")
+        for name in args.encoder:
+            common.need(encoders.ENCODERS[name].size,
+                        f"{data.folder}: holds latents only, and encoder {name} needs its pixels; "
+                        "use --encoder inception")
+    inputs = SimpleNamespace(data=data, baseline=None, jobs=[])
+    inputs.runs = [open_run(out, samples, data, args) for out, samples in places]
+    inputs.full = next((run for run in inputs.runs if run.known and run.keep is None), None)
+    if inputs.full:
+        images = inputs.full.images
+        inputs.baseline = Selection(images, np.arange(min(len(images), args.audit_samples)))
+    weights_of = [*(args.encoder_weights or ()), *[None] * len(args.encoder)]
+    for name, weights in zip(args.encoder, weights_of):
         todo = []
-        for k, run in enumerate(runs):
-            old, same = earlier(run)
-            row = old.get("encoders", {}).get(name) if same and not a.overwrite else None
-            if row and not a.trajectory and row.get("settings") == settings(run, name, weights, a, d, full):
-                common.log(f"{run.out}: measured already under {name}; nothing to do (--overwrite measures again)")
+        for k, run in enumerate(inputs.runs):
+            if is_measured(run, name, weights, args, inputs):
+                common.log(f"{run.out}: measured already under {name}; nothing to do (--overwrite "
+                           "measures again)")
             else:
                 todo.append(k)
         if todo:
-            jobs.append((name, weights, todo))
-    return runs, full, jobs
+            inputs.jobs.append((name, weights, todo))
+    return inputs
 
 
-def evaluate(a, d, team, runs, full, jobs):
-    for enc, (_, weights, todo) in zip(team.encs, jobs):
-        with common.user_errors():
-            ref = Reference(d, enc, team, a.reference_max, a.seed, a.reference_stats)
-        for run in (runs[k] for k in todo):
-            if a.trajectory:
-                with common.user_errors():
-                    trajectory(run, ref, a)
-                continue
-            start, (old, same) = time.time(), earlier(run)
-            with common.user_errors():
-                row = figures(run, ref, a) | {"settings": settings(run, enc.name, weights, a, d, full), "circular": enc.name in run.aligned}
-                memo = old.get("memorisation") if same else None
-                if a.audit and run.known and enc.name == a.encoder[0]:
-                    new = audit(run, ref, a, Selection(full.images, np.arange(min(len(full.images), a.audit_samples))) if full else None)
-                    spaces = memo if memo and memo.get("n") == new.get("n") and "skipped" not in memo else {}            # those of an earlier judge stay
-                    memo = new if "skipped" in new else {**spaces, **new}
-            row["seconds"] = round(time.time() - start, 2)
-            common.save_json(run.out / "metrics.json", {
-                "run": run.name, "data": d.info["name"], "data_sha256": d.info["sha256"], "samples_sha256": run.sha256,
-                "protocol": {**run.protocol, "image_format": run.format}, "encoders": {**(old["encoders"] if same else {}), enc.name: row},
-                "memorisation": memo, "provenance": common.provenance()})
-            tell(run, row, memo)
-
-
-def tell(run, row, memo):
-    heldout = f"; held-out images {row['fd_heldout']:.3f}, n={row['fd_heldout_n']}" if row["fd_heldout"] is not None else ""
-    parts = [f"{row['distance']} {row['fd']:.3f} (n={row['n']:,}{heldout})"]
-    if row.get("fd_subset") is not None:
-        parts.append(f"the subset itself {row['fd_subset']:.3f}")
-    if "per_class" in row:
-        c = row["per_class"]
-        parts.append(f"worst class {c['worst']}: {c['worst_fd']:.2f} (n={c['n']}, real images {c['real_mean']:.2f})")
-    if "precision" in row:
-        parts.append(f"precision {row['precision']:.3f}, recall {row['recall']:.3f}, density {row['density']:.3f}, "
-                     f"coverage {row['coverage']:.3f} (n={row['neighbours_n']:,})")
-    if "kid" in row:
-        parts.append(f"KID {row['kid']['mean']:.4f} +- {row['kid']['standard_error']:.4f} (subsets of {row['kid']['subset_size']})")
-    if "read_as_labelled" in row:
-        parts.append(f"read as labelled {row['read_as_labelled']:.1%}")
-    if memo and "pixels" in memo:
-        m = memo["pixels"]
-        parts.append("nearer to seen than to unseen images {:.2f} (held-out {}, seen + noise {:.2f})".format(
-            m["samples"]["share"], f"{m['heldout']['share']:.2f}" if "heldout" in m else "-", m["noise"]["share"]))
-    if row["circular"]:
-        parts.append("WARNING: this judge also selected or was aligned to")
-    common.log(f"{run.name}: " + "; ".join(parts))
-
-
+# ----------------------------------------------------------------------------------- command line
 def parse_args(argv=None):
     p = common.Parser(__doc__, epilog="Encoders:\n" + encoders.describe())
-    p.add_argument("--data", required=True, help="data folder: the reference is its full training set")
-    p.add_argument("--runs", nargs="+", metavar="RUN", help="run folders with samples.npy; a run on the full set among them is the audit's baseline")
-    p.add_argument("--samples", help="instead of --runs: samples from anywhere, a .npy, .npz or a folder of pictures")
+    p.add_argument("--data", required=True,
+                   help="data folder: the reference is its full training set")
+    p.add_argument("--runs", nargs="+", metavar="RUN", help="run folders with samples.npy; a run "
+                   "on the full set among them is the audit's baseline")
+    p.add_argument("--samples", help="instead of --runs: samples from anywhere, a .npy, .npz or a "
+                   "folder of pictures")
     p.add_argument("--out", help="with --samples: folder to write to")
-    p.add_argument("--encoder", nargs="+", default=["scratch"], choices=encoders.ENCODERS, help="the judge, or several; the first does the audit")
-    p.add_argument("--encoder-weights", nargs="+", metavar="PATH", help="local weights, in the order of --encoder")
-    p.add_argument("--reference-stats", metavar="FILE.npz", help="take mu and sigma from there instead of the data folder (mu/sigma or m2/s2)")
-    p.add_argument("--reference-max", type=common.count, default=50_000, help="most training images for neighbours, kernels and classes")
+    p.add_argument("--encoder", nargs="+", default=["scratch"], choices=encoders.ENCODERS,
+                   help="the judge, or several; the first does the audit")
+    p.add_argument("--encoder-weights", nargs="+", metavar="PATH",
+                   help="local weights, in the order of --encoder")
+    p.add_argument("--reference-stats", metavar="FILE.npz", help="take mu and sigma from there "
+                   "instead of the data folder (mu/sigma or m2/s2)")
+    p.add_argument("--reference-max", type=common.count, default=50_000,
+                   help="most training images for neighbours, kernels and classes")
     p.add_argument("--num", type=common.count, help="use the first so many samples")
     p.add_argument("--bootstrap", type=common.number(int, low=0, high=10_000), default=0,
                    help="resamplings for an interval of the distance (it is biased upwards)")
-    p.add_argument("--no-audit", dest="audit", action="store_false", help="leave the memorisation audit out")
-    p.add_argument("--audit-samples", type=common.count, default=10_000, help="most samples in the audit")
-    p.add_argument("--trajectory", action="store_true", help="score every kept checkpoint of the runs instead")
-    p.add_argument("--trajectory-num", type=common.count, help="samples per checkpoint; default: as many as the run drew")
-    p.add_argument("--batch-size", type=common.batch_type, default=256, help="images at a time, over all processes")
-    p.add_argument("--seed", type=common.seed_type, default=0, help="of subsets, draws and resamplings")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    p.add_argument("--overwrite", action="store_true", help="measure again what has been measured")
-    a = p.parse_args(argv)
-    if bool(a.runs) == bool(a.samples) or bool(a.samples) != bool(a.out):
+    p.add_argument("--no-audit", dest="audit", action="store_false",
+                   help="leave the memorisation audit out")
+    p.add_argument("--audit-samples", type=common.count, default=10_000,
+                   help="most samples in the audit")
+    p.add_argument("--trajectory", action="store_true",
+                   help="score every kept checkpoint of the runs instead")
+    p.add_argument("--trajectory-num", type=common.count,
+                   help="samples per checkpoint; default: as many as the run drew")
+    p.add_argument("--batch-size", type=common.batch_type, default=256,
+                   help="images at a time, over all processes")
+    common.add_run_flags(p, overwrite="measure again what has been measured",
+                         seed="of subsets, draws and resamplings")
+    args = p.parse_args(argv)
+    if bool(args.runs) == bool(args.samples) or bool(args.samples) != bool(args.out):
         p.error("give either --runs RUN ..., or --samples FILE with --out DIR")
-    if a.trajectory and a.samples:
+    if args.trajectory and args.samples:
         p.error("--trajectory needs --runs: it draws from their checkpoints")
-    if a.trajectory and len(a.encoder) > 1:
+    if args.trajectory and len(args.encoder) > 1:
         p.error("--trajectory follows a run under one judge; give one --encoder")
-    if twice := common.named_twice(a.runs or ()):
+    twice = common.named_twice(args.runs or ())
+    if twice:
         p.error(f"--runs: {twice} is named twice")
-    if a.samples and (Path(a.out) / "train.args.json").exists() and Path(a.samples).resolve().parent != Path(a.out).resolve():
-        p.error(f"--out {a.out} is a run of train.py, and {a.samples} lies elsewhere: its figures would pass for the run's; choose another folder")
-    if len(a.encoder_weights or []) > len(a.encoder):
+    if args.samples and (Path(args.out) / "train.args.json").exists():
+        if Path(args.samples).resolve().parent != Path(args.out).resolve():
+            p.error(f"--out {args.out} is a run of train.py, and {args.samples} lies elsewhere: "
+                    "its figures would pass for the run's; choose another folder")
+    if len(args.encoder_weights or ()) > len(args.encoder):
         p.error("more --encoder-weights than --encoder")
-    return a
+    return args
 
 
 @common.command
 def main(argv=None):
-    a = parse_args(argv)
-    device = common.get_device(a.device)
-    d = common.open_data(a.data, pixels=False)
-    pairs = [(a.out, a.samples)] if a.samples else [(r, Path(r) / "samples.npy") for r in a.runs]
-    runs, full, jobs = plan(a, d, pairs) if common.rank() == 0 else (None, None, None)
-    jobs = common.from_rank0(lambda: jobs)
-    encs = [common.open_encoder(name, d, device, weights) for name, weights, _ in jobs]
-    if a.reference_stats:
-        for enc in encs:
-            read_statistics(a.reference_stats, enc.width)
-    team, everything = Team(encs, a.batch_size, device), list(vars(a))   # a run may be measured in many ways: metrics.json keeps them apart
-    stages = [common.Stage("evaluate", __import__("argparse").Namespace(**{**vars(a), "out": out, "overwrite": True}), {"data": d.info}, free=everything).__enter__()
-              for k, (out, _) in enumerate(pairs) if any(k in todo for *_, todo in jobs)]
+    args = parse_args(argv)
+    device = common.get_device(args.device)
+    data = common.open_data(args.data, pixels=False)
+    places = [(args.out, args.samples)]
+    if args.runs:
+        places = [(run, Path(run) / "samples.npy") for run in args.runs]
+    inputs = None
     if common.rank() == 0:
-        evaluate(a, d, team, runs, full, jobs)
-        team.dismiss()
-    else:
-        team.serve()
-    for s in stages:
-        s.finish()
+        inputs = load_inputs(args, data, places)
+    jobs = common.from_rank0(lambda: inputs.jobs)
+    teams = []
+    for name, weights, _ in jobs:
+        enc = common.open_encoder(name, data, device, weights)
+        if args.reference_stats:
+            read_statistics(args.reference_stats, enc.width)
+        teams.append(Team(enc, args.batch_size, device))
+    busy = sorted({k for _, _, todo in jobs for k in todo})
+    with contextlib.ExitStack() as claimed:
+        start = time.time()
+        for k in busy:
+            claimed.enter_context(common.claim(places[k][0]))
+        for team, (_, weights, todo) in zip(teams, jobs):
+            if common.rank():
+                team.follow()
+            else:
+                measure(args, inputs, team, weights, [inputs.runs[k] for k in todo])
+                team.dismiss()
+        if common.rank() == 0:
+            for k in busy:
+                write_record(inputs.runs[k].out, data, round(time.time() - start, 3))
+
+
+def write_record(out, data, seconds):
+    """OUT/evaluate.args.json. It binds no flag: metrics.json keeps many ways of measuring apart."""
+    common.save_json(out / "evaluate.args.json", {
+        "args": {}, "inputs": {"data": data.info["sha256"]}, "seconds": seconds,
+        "provenance": common.provenance(), "spent": seconds})
 
 
 if __name__ == "__main__":

@@ -320,6 +320,12 @@ def test_folder_samples_are_known_again(world, capsys):
     assert "nothing to do" in capsys.readouterr().out
 
 
+def judges_used(folder, aligned=True):
+    """Of a run that trained with the attachments of this folder, or on its kept set alone."""
+    args = dict(attach=str(folder)) if aligned else dict(indices=str(folder / "keep.npy"))
+    return evaluate.judges_used({"args": args})
+
+
 def circular(world, encoder, score, **more):
     (world / "prune").mkdir(exist_ok=True)
     shutil.copy(world / "keep.npy", world / "prune" / "keep.npy")
@@ -339,7 +345,7 @@ def test_circular_judges_are_named(world, capsys):
     shutil.copy(world / "keep.npy", attach / "keep.npy")
     common.save_json(attach / "attach.args.json", {"args": {"visual": "scratch", "indices": str(world / "prune" / "keep.npy")}, "seconds": 1})
     common.save_json(world / "prune" / "prune.args.json", {"args": {"score": "herding", "surrogate": "pixels"}, "seconds": 1})
-    assert evaluate.judges_used(attach) == {"scratch", "pixels"} and evaluate.judges_used(attach, aligned=False) == {"pixels"}
+    assert judges_used(attach) == {"scratch", "pixels"} and judges_used(attach, aligned=False) == {"pixels"}
 
 
 def test_judges_are_followed_through_files_used_again(tmp_path):
@@ -355,7 +361,7 @@ def test_judges_are_followed_through_files_used_again(tmp_path):
     d2c = made("d2c", "attach", select="interval", reference="r.pt", visual="scratch")
     made("hard", "attach", select="hard", reference=None, difficulty=d2c("difficulty.npy"), visual="none")
     made("drawn", "attach", select="random", reference="r.pt", visual="ddae")
-    used = lambda name, aligned=True: evaluate.judges_used(tmp_path / name, aligned)            # noqa: E731
+    used = lambda name, aligned=True: judges_used(tmp_path / name, aligned)                     # noqa: E731
     assert used("cut") == used("recut") == used("again") == {"inception"} and used("own") == set()
     assert used("d2c") == {"ddae", "scratch"} and used("d2c", False) == used("hard") == {"ddae"}
     assert used("drawn") == {"ddae"} and used("drawn", False) == set()
@@ -434,14 +440,14 @@ def test_images_are_encoded_alike_from_a_file_and_from_memory(world):
     """Team.encode: rows of a memory map, of an array that would be sent in several parts, and all of it."""
     d = common.open_data(world / "data")
     enc = common.open_encoder("scratch", d, "cpu")
-    team, rows = evaluate.Team([enc], 16, "cpu"), np.array([2, 3, 50, 119])
+    team, rows = evaluate.Team(enc, 16, "cpu"), np.array([2, 3, 50, 119])
     want = encoders.extract(enc, d.images, rows=rows)
-    sizes, call = [], team.call
-    team.call = lambda task, which, images, ids, *rest: sizes.append(len(ids)) or call(task, which, images, ids, *rest)
+    sizes, ask = [], team.ask
+    team.ask = lambda task, source, ids, *rest: sizes.append(len(ids)) or ask(task, source, ids, *rest)
     for images in (d.images, np.array(d.images), evaluate.Selection(d.images, np.arange(K * PER)), np.broadcast_to(np.array(d.images)[:, None], (K * PER, 1, 8, 8, 1))[:, 0]):
-        np.testing.assert_allclose(team.encode(enc, images)[rows], want, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(team.encode(enc, evaluate.Selection(d.images, rows)), want, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(team.encode(enc, evaluate.Selection(np.array(d.images), rows)), want, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(team.encode(images)[rows], want, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(team.encode(evaluate.Selection(d.images, rows)), want, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(team.encode(evaluate.Selection(np.array(d.images), rows)), want, rtol=1e-5, atol=1e-5)
     assert sizes == [K * PER] * 4 + [4, 4]
 
 
@@ -470,14 +476,14 @@ def test_a_space_too_large_for_memory_is_left_out_of_the_audit(world, monkeypatc
 
 
 def test_what_goes_wrong_in_the_shared_work_is_one_line_on_every_rank(monkeypatch):
-    """serve() runs on the ranks that do not measure: a ValueError of models/ there must not end in a traceback."""
-    team = evaluate.Team([], 4, "cpu")
+    """follow() runs on the ranks that do not measure: a ValueError of models/ there must not end in a traceback."""
+    team = evaluate.Team(None, 4, "cpu")
 
     def broken(*_):
         raise ValueError("VAE x: cannot be loaded")
-    monkeypatch.setattr(team, "draw", broken)
-    monkeypatch.setattr(common, "from_rank0", lambda make: ("draw", (0, "last.pt", {}, None)))
-    for work in (lambda: team.call("draw"), team.serve):
+    monkeypatch.setattr(team, "draw_share", broken)
+    monkeypatch.setattr(common, "from_rank0", lambda make: ("draw_share", ("last.pt", {}, None)))
+    for work in (lambda: team.ask("draw_share"), team.follow):
         with pytest.raises(common.UserError, match="VAE x"):
             work()
 
