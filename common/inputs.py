@@ -261,8 +261,11 @@ def open_scorer(path, data, official=None):
     return model, process, scale
 
 
-def open_encoder(name, data, device, weights=None):
-    """The encoder `name` for a data folder. scratch without weights: DATA/scratch.pt, made once."""
+def open_encoder(name, data, device, weights=None, tokens=False):
+    """The encoder `name` for a data folder. scratch without weights: DATA/scratch.pt, made once.
+
+    tokens: it must have patch tokens that float16 holds; those of the first image are tried.
+    """
     from models import encoders
     with user_errors():
         if name == "scratch" and not weights:
@@ -271,7 +274,12 @@ def open_encoder(name, data, device, weights=None):
                 make_scratch(weights, data, device)
             barrier(patient=True)
         try:
-            return encoders.load(name, device, weights=weights, images=data.images)
+            encoder = encoders.load(name, device, weights=weights, images=data.images)
+            if tokens:
+                shape = encoders.extract(encoder, data.images, kind="tokens", rows=[0]).shape
+                half = np.empty(shape, np.float16)
+                encoders.extract(encoder, data.images, kind="tokens", rows=[0], out=half)
+            return encoder
         except ValueError as e:
             if weights is None or str(weights) in str(e):
                 raise

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,11 @@ import pytest
 import torch
 
 import attach
-from models.build import build, from_checkpoint
 import prune
 import train
 from conftest import processes
+from models import conditioning, encoders
+from models.build import build, from_checkpoint
 from models.conditioning import class_words, minilm_tokens, text_tokens
 from models.diffusion import DDPM, Flow
 from models.scratch import train_scratch
@@ -237,13 +239,19 @@ def test_mistakes_with_official_weights_end_in_one_line(made, tmp_path, capsys, 
 
 def test_repeat_correlation_is_within_the_class():
     labels = np.repeat([0, 1], 50)
+    groups = [np.arange(50), np.arange(50, 100)]
     a = np.random.default_rng(0).normal(size=100) + 10 * labels
-    assert attach.repeat_correlation(a, a ** 3, labels) == pytest.approx(1)
-    assert attach.repeat_correlation(a, 10 * labels - a, labels) == pytest.approx(-1)          # between the classes it goes the other way
+    assert attach.repeat_correlation(a, a ** 3, groups) == pytest.approx(1)
+    assert attach.repeat_correlation(a, 10 * labels - a, groups) == pytest.approx(-1)          # between the classes it goes the other way
     b = np.random.default_rng(1).normal(size=100)
     rank = lambda v: [sorted(v).index(u) for u in v]                                          # noqa: E731
     want = np.mean([np.corrcoef(rank(a[g]), rank(b[g]))[0, 1] for g in (slice(0, 50), slice(50, 100))])
-    assert attach.repeat_correlation(a, b, labels) == pytest.approx(want)
+    assert attach.repeat_correlation(a, b, groups) == pytest.approx(want)
+    flat = np.where(labels == 0, a, 0.0)                              # a class whose scores are all equal, one too small: neither says anything
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert attach.repeat_correlation(flat, flat, [*groups, np.arange(2)]) == pytest.approx(1)
+        assert attach.repeat_correlation(flat, flat, [groups[1], np.arange(2)]) is None and attach.repeat_correlation(a, a, []) is None
 
 
 # ---------------------------------------------------------------------------------------------- the selection
@@ -279,7 +287,7 @@ def test_selection_is_the_plain_loop(how, interval):
         K, ipc = int(rng.integers(1, 6)), int(rng.integers(1, 12))
         labels = rng.permutation(np.repeat(np.arange(K), rng.integers(1, 60, K)))
         s = rng.integers(0, 30, len(labels)).astype(np.float32)       # with ties: the lower index first
-        got = attach.select(s, labels, K, ipc, how, interval)
+        got = attach.select(s, [np.flatnonzero(labels == c) for c in range(K)], ipc, how, interval)
         assert got.tolist() == plain_select(s, labels, K, ipc, how, interval) and got.dtype == np.int64
 
 
@@ -336,7 +344,7 @@ def test_a_prompt_names_the_classes_of_imagenet_in_words(tmp_path, monkeypatch, 
     assert [(a, b) for a, b in zip(words, _IMAGENET_CATEGORIES) if a != b.lower()] == [("cardigan welsh corgi", "Cardigan")]
     assert class_words(["N01440764", "aquarium_fish", "Snow leopard", "n1"]) == ["tench", "aquarium fish", "Snow leopard", "n1"]
     seen, data = [], make_data(tmp_path / "data", (3, 3))
-    monkeypatch.setattr(attach, "text_tokens", lambda where, prompts, device: seen.append(prompts) or (np.ones((2, 1, 4)), np.ones((2, 1), bool)))
+    monkeypatch.setattr(conditioning, "text_tokens", lambda where, prompts, device: seen.append(prompts) or (np.ones((2, 1, 4)), np.ones((2, 1), bool)))
     (data / "classes.txt").write_text("n01440764\nn01443537\n")
     run(data, tmp_path / "a", "--select", "all", "--judge", "none", "--text", "some/t5")
     assert seen == [["a photo of a tench", "a photo of a goldfish"]]
@@ -409,7 +417,7 @@ def test_visual_tokens_belong_to_the_kept_images(made, tmp_path, encoder):
     data, ck = made
     record = run(data, tmp_path / "out", "--reference", ck, "--per-class", 3, "--visual", encoder, "--flips", "--judge", "pixels", "--batch-size", 2)
     keep, v, images = np.load(tmp_path / "out" / "keep.npy"), np.load(tmp_path / "out" / "visual.npy"), np.load(data / "images.npy")
-    enc = attach.encoders.load(encoder, "cpu", weights=ck if encoder == "ddae" else data / "scratch.pt", images=images)
+    enc = encoders.load(encoder, "cpu", weights=ck if encoder == "ddae" else data / "scratch.pt", images=images)
     assert v.dtype == np.float16 and v.shape == (9, 2, 16, enc.token_width) and record["visual_megabytes"] == pytest.approx(v.nbytes / 1e6, abs=1e-3)
     for j, i in enumerate(keep):
         for k, x in enumerate((images[i], images[i][:, ::-1])):
@@ -421,8 +429,8 @@ def test_visual_tokens_belong_to_the_kept_images(made, tmp_path, encoder):
 
 
 def test_features_beyond_float16_are_refused(made, tmp_path, capsys, monkeypatch):
-    tokens = attach.encoders.Encoder.tokens
-    monkeypatch.setattr(attach.encoders.Encoder, "tokens", lambda self, x: 1e6 * tokens(self, x))
+    tokens = encoders.Encoder.tokens
+    monkeypatch.setattr(encoders.Encoder, "tokens", lambda self, x: 1e6 * tokens(self, x))
     text = refused(capsys, made[0], tmp_path / "out", "--reference", made[1], "--per-class", 3, "--visual", "ddae", "--judge", "none")
     assert "float16" in text
 
@@ -448,7 +456,7 @@ def test_outputs_and_a_second_call(made, tmp_path, capsys):
     assert keep.tolist() == plain_select(s, labels, 3, 3, "interval", "span")
     assert record["inputs"]["data"] == json.loads((data / "dataset.json").read_text())["sha256"]
     assert -1 <= record["repeat_correlation"] <= 1 and len(record["fd_random"]) == 3
-    z = attach.encoders.extract(attach.encoders.load("scratch", "cpu", weights=data / "scratch.pt"), np.load(data / "images.npy"))
+    z = encoders.extract(encoders.load("scratch", "cpu", weights=data / "scratch.pt"), np.load(data / "images.npy"))
     from scipy.linalg import sqrtm
     a, b = np.cov(z[keep].T), np.cov(z.T)
     want = ((z[keep].mean(0) - z.mean(0)) ** 2).sum() + np.trace(a + b - 2 * sqrtm(b @ a).real)
