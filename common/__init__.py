@@ -25,14 +25,14 @@ ROOMS = {
     "inputs": "open_data check_classes rows_by_class load_features load_scores "
               "check_origin load_indices open_kept_images text_tokens load_checkpoint "
               "open_checkpoint open_scorer open_encoder",
-    "loop": "AMP autocast generator random_scores fast_float32 share_out lr_at optimizer_of "
-            "backward optimizer_step",
-    "training": "training_source load_kept load_class_weights load_text load_visual need_same "
-                "need_trained_on inherit_flags",
+    "loop": "AMP autocast generator random_scores fast_float32 share_out step_draws lr_at "
+            "optimizer_of backward optimizer_step",
+    "training": "training_source need_even_batch load_kept load_class_weights load_text load_visual "
+                "need_same need_trained_on inherit_flags",
     "run": "Run BadSteps divergence is_due Stop",
     "rows": "DeviceRows device_budget as_input",
-    "pictures": "no_bombs save_grid class_tiles cut_montage figure save_figure shown_classes "
-                "class_histograms",
+    "pictures": "no_bombs save_grid class_tiles cut_montage figure save_figure save_weights "
+                "shown_classes class_histograms",
 }
 _room_of = {name: room for room, names in ROOMS.items() for name in names.split()}
 

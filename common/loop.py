@@ -1,6 +1,7 @@
 """One step of trainer and proxy: seeds, precision, the optimizer. Their runs: common/run.py."""
 import math
 import zlib
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -25,6 +26,34 @@ def random_scores(seed, n):
     """
     g = generator(seed, "random score")
     return torch.rand(n, dtype=torch.float64, generator=g).numpy()
+
+
+@dataclass
+class Draws:
+    """The random numbers of one step; draws[lo:hi] are those of a part of the batch."""
+
+    u: torch.Tensor                          # (B,) time
+    eps: torch.Tensor                        # (B, C, H, W) noise
+    drop: torch.Tensor | None                # (B,) label dropout
+    flip: torch.Tensor                       # (B,) bool, mirrored
+    post: torch.Tensor | None                # (B, C, H, W) the draw of a latent
+
+    def __getitem__(self, part):
+        return Draws(*(None if x is None else x[part] for x in vars(self).values()))
+
+
+def step_draws(seed, name, step, batch, shape, device, latents, drop=True):
+    """Everything random of step n, for the whole global batch: a function of (seed, name, n) alone.
+
+    shape (C, H, W). The order of these draws is part of the result: a resumed run repeats it.
+    """
+    g = generator(seed, name, step, device=device)
+    u = torch.rand(batch, generator=g, device=device)
+    eps = torch.randn(batch, *shape, generator=g, device=device)
+    dropped = torch.rand(batch, generator=g, device=device) if drop else None
+    flip = torch.rand(batch, generator=g, device=device) < 0.5
+    post = torch.randn(batch, *shape, generator=g, device=device) if latents else None
+    return Draws(u, eps, dropped, flip, post)
 
 
 def autocast(device, amp):

@@ -134,3 +134,29 @@ def class_histograms(path, data, values, keep, title, width, height, cut=False):
             label += f", {np.sum(~finite)} not picked"
         ax.set_title(label, fontsize=8)
     save_figure(path, fig, dpi=110)
+
+
+def save_weights(path, names, history, w, low, high, mean, burn_in):
+    """Write weights.png of reweight.py: paths of a, weights with the null's band, mean excess.
+
+    history (steps, K); w, low, high, mean (K,).
+    """
+    K = len(names)
+    fig = figure(14, 4)
+    left, middle, right = fig.subplots(1, 3)
+    steps = np.arange(0, len(history), max(1, len(history) // 1000))
+    lines = left.plot(steps + 1, history[steps], lw=1)
+    left.axvspan(0, burn_in, color="0.9", lw=0)
+    left.set(xlabel="step", title=f"class weights a (shaded: burn-in, {burn_in} steps)")
+    middle.bar(range(K), w)
+    middle.bar(range(K), high - low, bottom=low, color="C1", alpha=0.5,
+               label="null: permuted labels")
+    middle.set(xlabel="class", title="weights, mean 1 over the images")
+    middle.legend(fontsize=8)
+    right.bar(range(K), mean, color="C2")
+    right.set(xlabel="class", title="mean excess loss after the burn-in")
+    if K <= 20:
+        left.legend(lines, names, fontsize=7)
+        for ax in (middle, right):
+            ax.set_xticks(range(K), names, rotation=90, fontsize=8)
+    save_figure(path, fig)

@@ -8,7 +8,7 @@ import time
 import torch
 
 from common.files import load_pt
-from common.processes import all_reduce, log, world
+from common.processes import all_reduce, log, progress, world
 
 MAX_BAD_STEPS = 20              # steps in a row that are not finite before a run stops
 MAX_LOSS = 100.0                # a mean pixel loss that only a diverged network has
@@ -20,25 +20,37 @@ def is_due(done, every, last=None):
 
 
 class Run:
-    """How far a training is, and what its checkpoint holds.
+    """How far a training into the folder `out` is, and what its checkpoint holds.
 
     parts     {name: what has a state_dict, or a tensor, or None}
     settings  what a checkpoint carries as its args, besides the flags
     """
 
-    def __init__(self, parts, settings, args, device):
+    def __init__(self, out, parts, settings, args, device):
+        self.out = out
         self.parts = parts
         flags = {k: v for k, v in vars(args).items() if k not in ("device", "overwrite")}
         self.settings = {**flags, **settings}
+        self.amp = args.amp
         self.batch = args.batch_size
         self.steps = args.steps
         self.step = 0
         self.before = 0.0                            # seconds of earlier calls
         self.bad = BadSteps(device)
-        self.start()
+        self.begun = time.time()
+
+    def describe(self, who, net, process, images, device, disk=0):
+        """Print what will be trained. disk: bytes that it writes besides the last checkpoint."""
+        n = sum(p.numel() for p in net.parameters() if p.requires_grad)
+        epochs = self.steps * self.batch / images
+        megabytes = (16 * n + disk) / 2**20 + 1
+        log(f"{who}: {n / 1e6:.2f} M parameters, {process.name}, {images:,} images, {self.steps:,} "
+            f"steps of {self.batch} = {epochs:,.1f} effective epochs, {device}, amp {self.amp}, "
+            f"about {megabytes:,.0f} MB in {self.out}")
 
     def start(self):
-        """The loop begins: what came before was no training."""
+        """The loop begins, with a progress bar: what came before was no training."""
+        self.bar = progress(total=self.steps, initial=self.step, desc=str(self.out))
         self.begun = time.time()
         self.first = self.step
         self.said = False
@@ -57,10 +69,20 @@ class Run:
         log(f"resuming at step {self.step:,}")
         return state
 
+    def advance(self):
+        """A step is done; returns how many are."""
+        self.step += 1
+        self.bar.update()
+        return self.step
+
+    def images(self):
+        """How many were seen."""
+        return self.step * self.batch
+
     def about(self):
         """What every checkpoint says of its run."""
-        return {"step": self.step, "images_seen": self.step * self.batch,
-                "seconds": self.seconds(), "args": self.settings}
+        return {"step": self.step, "images_seen": self.images(), "seconds": self.seconds(),
+                "args": self.settings}
 
     def state(self):
         """What a checkpoint holds from which the run can go on."""
@@ -116,7 +138,7 @@ class BadSteps:
         return self.in_a_row() >= MAX_BAD_STEPS
 
 
-def divergence(run, loss):
+def divergence(run, loss, what="the loss"):
     """In words, how a run shows that it has diverged, or "" where it does not.
 
     loss: mean pixel loss of the last steps, or how far it lies above that of a reference.
@@ -127,7 +149,7 @@ def divergence(run, loss):
     if row >= MAX_BAD_STEPS or (last and row > 2):
         return f"{row} steps in a row had a non-finite loss or gradient, up to step {run.step}"
     if loss > MAX_LOSS or (last and math.isnan(loss)):
-        return (f"the loss is {loss:.3g} up to step {run.step}, and that of a network that predicts "
+        return (f"{what} is {loss:.3g} up to step {run.step}, and that of a network that predicts "
                 "nothing about 1: it has diverged")
     return ""
 

@@ -7,6 +7,7 @@ from common.errors import need
 from common.files import check_finite, fields, load_json, load_npy
 from common.inputs import check_origin, load_indices
 from common.loop import AMP
+from common.processes import world
 
 OURS = "use a checkpoint that train.py wrote"
 
@@ -23,6 +24,13 @@ def training_source(data):
     need(h == w, f"{data.folder}: images are not square {source.shape}; make them so with data.py "
                  "--size")
     return source, channels, h
+
+
+def need_even_batch(batch, accumulate=1):
+    """Every process gets as many images, and each of the parts into which it cuts them."""
+    need(batch % (world() * accumulate) == 0,
+         f"--batch-size {batch} is the global batch: it must be a multiple of processes x accumulated "
+         f"parts = {world()} x {accumulate}")
 
 
 def load_kept(path, data):
