@@ -26,7 +26,6 @@ import copy
 import functools
 import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -147,36 +146,6 @@ class Order:
         return self.by_class[self.starts[c] + within]
 
 
-@dataclass
-class Draws:
-    """The random numbers of one step; draws[lo:hi] are those of a part of the batch."""
-
-    u: torch.Tensor                          # (B,) time
-    eps: torch.Tensor                        # (B, C, H, W) noise
-    drop: torch.Tensor                       # (B,) label dropout
-    flip: torch.Tensor                       # (B,) bool, mirrored
-    post: torch.Tensor | None                # (B, C, H, W) the draw of a latent
-
-    def __getitem__(self, part):
-        return Draws(*(None if x is None else x[part] for x in vars(self).values()))
-
-
-def step_draws(seed, step, batch, shape, device, latents):
-    """Everything random of step n, for the whole global batch: a function of (seed, n) alone.
-
-    The order of these draws is part of the result: a resumed run repeats it.
-    """
-    g = common.generator(seed, "step", step, device=device)
-    u = torch.rand(batch, generator=g, device=device)
-    eps = torch.randn(batch, *shape, generator=g, device=device)
-    drop = torch.rand(batch, generator=g, device=device)
-    flip = torch.rand(batch, generator=g, device=device) < 0.5
-    post = None
-    if latents:
-        post = torch.randn(batch, *shape, generator=g, device=device)
-    return Draws(u, eps, drop, flip, post)
-
-
 def seed_dropout(seed, step):
     """Dropout has no generator of its own: it draws from the global stream, here of (seed, n)."""
     g = common.generator(seed, "dropout", step, common.rank())
@@ -229,15 +198,13 @@ class Feed:
 
 
 class Log:
-    """The lines of stats.jsonl, and the progress bar.
+    """The lines of stats.jsonl: means of the losses since the line before.
 
-    Sums of the losses since the last line stay on the device; reading them for a line is the
-    loop's only wait for it.
+    Their sums stay on the device; reading them is the loop's only wait for it.
     """
 
-    def __init__(self, out, run, device):
-        self.out = out
-        self.file = out / "stats.jsonl"
+    def __init__(self, run, device):
+        self.file = run.out / "stats.jsonl"
         self.run = run
         self.device = device
         self.rows = []
@@ -249,7 +216,6 @@ class Log:
             self.rows = [row for row in rows if row["step"] <= run.step]
         if common.rank() == 0:
             common.save_text(self.file, "".join(json.dumps(row) + "\n" for row in self.rows))
-        self.bar = common.progress(total=run.steps, initial=run.step, desc=str(out))
         self.reset()
 
     def reset(self):
@@ -261,69 +227,65 @@ class Log:
 
     def add_losses(self, u, loss, align):
         """u, loss (n,), align (n,) or None: those of a part of a batch."""
-        loss = loss.detach()
         bins = (u * 10).long().clamp(0, 9)
         # A step that is left out must not spoil the mean of the others.
-        finite = loss.isfinite()
-        self.loss.index_add_(0, bins, torch.where(finite, loss, 0).double())
+        finite = loss.detach().isfinite()
+        self.loss.index_add_(0, bins, torch.where(finite, loss.detach(), 0).double())
         self.count.index_add_(0, bins, finite.double())
         if align is not None:
             self.align[0] += torch.nan_to_num(align.detach()).sum().double()
             self.align[1] += len(align)
 
     def add_norm(self, norm):
-        """A step was made: count it as bad where its gradient norm is not finite."""
+        """A step was made: it counts as bad where its gradient norm is not finite."""
         finite = self.run.bad.add(norm)
         self.norm[0] += torch.where(finite, norm, 0)
         self.norm[1] += finite
-        self.bar.update()
 
     def must_look(self):
         """True when too many bad steps are in a row. A GPU is waited for at log lines only."""
         return self.device.type == "cpu" and self.run.bad.too_many()
 
-    def write(self, **extra):
-        """Add a line with the means since the last, over all ranks; returns it as a dict."""
+    def write(self, lr, scale, kept):
+        """Add a line with the means over all ranks, then see whether the run has diverged."""
+        run = self.run
         common.all_reduce(self.sums)
         losses = self.loss.tolist()
         counts = self.count.tolist()
-        row = {"step": self.run.step, "diffusion": sum(losses) / max(sum(counts), 1)}
-        row["loss_t"] = [loss / n if n else 0.0 for loss, n in zip(losses, counts)]
+        row = {"step": run.step, "diffusion": sum(losses) / max(sum(counts), 1),
+               "loss_t": [loss / max(n, 1) for loss, n in zip(losses, counts)]}
         if self.align[1] > 0:
             row["align"] = (self.align[0] / self.align[1]).item()
         # Gradient norm and steps are the same on every rank.
         row["grad_norm"] = (self.norm[0] / self.norm[1].clamp(min=1)).item()
-        row.update(extra)
+        row.update(lr=lr, images=run.images(), epoch=run.images() / kept,
+                   seconds=round(run.seconds(), 3), skipped=run.bad.in_all(), scale=scale)
         self.rows.append(row)
         if common.rank() == 0:
             with open(self.file, "a", encoding="utf-8") as f:
                 f.write(json.dumps(row) + "\n")
-        self.bar.set_postfix(loss=f"{row['diffusion']:.4f}", refresh=False)
+        run.bar.set_postfix(loss=f"{row['diffusion']:.4f}", refresh=False)
         self.reset()
         return row
 
-    def refuse_divergence(self, row):
-        """UserError when the steps up to this line say that the run has diverged."""
-        trouble = common.divergence(self.run, row["diffusion"])
-        if trouble:
-            self.bar.close()
-            raise common.UserError(f"{self.out}: {trouble}; {last_good(self.out)}; lower --lr, raise "
-                                   "--warmup, check the data, or use --amp bf16 or none")
 
-
-def last_good(out):
-    """What stands of a run that diverged, in words."""
-    if not (out / "last.pt").exists():
-        return "no checkpoint was written before"
-    step = common.load_pt(out / "last.pt")["step"]
-    return f"last.pt keeps the last good checkpoint, of step {step}"
+def refuse_divergence(run, row):
+    """UserError when the steps up to this line of the log say that the run has diverged."""
+    why = common.divergence(run, row["diffusion"])
+    if why:
+        run.bar.close()
+        stands = "no checkpoint was written before"
+        if (run.out / "last.pt").exists():
+            step = common.load_pt(run.out / "last.pt")["step"]
+            stands = f"last.pt keeps the last good checkpoint, of step {step}"
+        raise common.UserError(f"{run.out}: {why}; {stands}; lower --lr, raise --warmup, check the "
+                               "data, or use --amp bf16 or none")
 
 
 def train(args, inputs, stage, device):
     """The loop. Returns what is worth recording."""
     settings = inputs.settings
     latents = settings["latents"]
-    batch = args.batch_size
     shape = (settings["channels"], settings["size"], settings["size"])
     net = inputs.net.to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(net.model).eval().requires_grad_(False)
@@ -332,26 +294,26 @@ def train(args, inputs, stage, device):
     optimizer, scaler = common.optimizer_of(net, args.lr, device, args.amp)
     parts = {"model": net.model, "ema": ema, "projector": net.projector, "optimizer": optimizer,
              "scaler": scaler}
-    run = common.Run(parts, settings, args, device)
-    last_file = stage.out / "last.pt"
-    if stage.resuming and last_file.exists():
-        steps_left(last_file, run.resume(last_file), args.steps)
+    run = common.Run(stage.out, parts, settings, args, device)
+    if stage.resuming and (stage.out / "last.pt").exists():
+        resume(run)
     feed = Feed(args, inputs, device)
+    log = Log(run, device)
     class_weight = inputs.class_weight.to(device)                     # (K,), ones without --weights
-    constant = describe(args, inputs, run, feed, stage.out, device)
+    constant = describe(args, inputs, run, feed, device)
     wrapped = common.share_out(torch.compile(net) if args.compile else net, device)
-    micro = batch // (common.world() * args.accumulate)      # rows in the network at once
+    micro = args.batch_size // (common.world() * args.accumulate)     # rows in the network at once
     stop = common.Stop()
     run.start()
-    log = Log(stage.out, run, device)
     net.train()
     if args.steps == 0:
         # --init CKPT --steps 0 makes another checkpoint one of ours.
-        save(run, ema, stage.out)
+        save(run, ema)
 
     for step in range(run.step, args.steps):
         lr = common.lr_at(step, args.lr, args.warmup, args.schedule, args.steps)
-        draws = step_draws(args.seed, step, batch, shape, device, latents)[feed.mine]
+        draws = common.step_draws(args.seed, "step", step, args.batch_size, shape, device, latents)
+        draws = draws[feed.mine]
         share = feed.share(step)                     # this rank's rows; reads ahead
         seed_dropout(args.seed, step)
 
@@ -371,38 +333,42 @@ def train(args, inputs, stage, device):
         ema_update(ema_params, params, args.ema, step)
         log.add_norm(norm)                           # counts bad steps, on the device
 
-        run.step = done = step + 1
+        done = run.advance()
         stopping = stop.asked_on_any_rank(done, done == args.steps)
         saving = stopping or common.is_due(done, args.checkpoint_every, args.steps)
         # With each checkpoint goes a log line: a resume loses no sums.
         if saving or done % args.log_every == 0 or log.must_look():
-            seen = done * batch
-            row = log.write(lr=lr, images=seen, epoch=seen / len(inputs.keep),
-                            seconds=round(run.seconds(), 3), skipped=run.bad.in_all(),
-                            scale=scaler.get_scale())
-            log.refuse_divergence(row)               # one line, exit code 2
+            row = log.write(lr, scaler.get_scale(), len(inputs.keep))
+            refuse_divergence(run, row)              # one line, exit code 2
             run.say_pace()
         if not latents and common.is_due(done, args.sample_every, args.steps):
             with run.paused():
-                preview(ema, net.process, settings, device,
-                        stage.out / f"samples_{done:07d}.png", args.seed)
+                file = stage.out / f"samples_{done:07d}.png"
+                preview(ema, net.process, settings, device, file, args.seed)
         # A good checkpoint is never replaced in the middle of a divergence.
         if saving and run.bad.in_a_row() <= 2:
-            save(run, ema, stage.out, keep=common.is_due(done, args.checkpoint_every))
+            save(run, ema, keep=common.is_due(done, args.checkpoint_every))
         if stopping:
             stop.leave(done)                         # exit code 143
-    log.bar.close()
-    return summary(inputs, run, log, stage.out, constant, device)
+    run.bar.close()
+    return summary(inputs, run, log, constant, device)
 
 
-def save(run, ema, out, keep=False):
+def resume(run):
+    """Go on from last.pt."""
+    state = run.resume(run.out / "last.pt")
+    steps_left(run.out / "last.pt", state, run.steps)
+
+
+def save(run, ema, keep=False):
     """OUT/last.pt; keep: before it the EMA of this step, which is drawn from."""
     if common.rank():
         return
     if keep:
-        common.save_pt(out / f"step_{run.step:07d}.pt", {"ema": ema.state_dict(), **run.about()})
+        file = run.out / f"step_{run.step:07d}.pt"
+        common.save_pt(file, {"ema": ema.state_dict(), **run.about()})
     # Last of all: a resume does nothing again of what is in it.
-    common.save_pt(out / "last.pt", run.state())
+    common.save_pt(run.out / "last.pt", run.state())
 
 
 def sync_when(wrapped, last):
@@ -412,34 +378,24 @@ def sync_when(wrapped, last):
     return contextlib.nullcontext()
 
 
-def describe(args, inputs, run, feed, out, device):
+def describe(args, inputs, run, feed, device):
     """Says what will be trained. Returns the cosine that an alignment must beat, or None."""
-    m = len(inputs.keep)
-    n = parameters(inputs.net.model)
-    images = args.steps * args.batch_size
-    common.log(f"{args.model} {n / 1e6:.2f} M parameters, {args.process}, {m:,} images, "
-               f"{args.steps:,} steps of {args.batch_size} = {images / m:,.1f} effective epochs, "
-               f"{device}, amp {args.amp}, each checkpoint about {n * 16 / 2**20 + 1:,.0f} MB in "
-               f"{out}")
+    net = inputs.net
+    run.describe(args.model, net.model, net.process, len(inputs.keep), device)
     if args.steps > run.step and not feed.images.resident:
         common.log("the images do not fit beside the network: they are read from disk ahead of "
                    "each step")
     if inputs.visual is None:
         return None
-    constant = mean_token_cosine(inputs.visual[:4096], inputs.net.model.grid ** 2)
+    constant = mean_token_cosine(inputs.visual[:4096], net.model.grid ** 2)
     common.log(f"alignment: one constant vector reaches the cosine {constant:.3f}; less than that "
                "has learned nothing")
     return constant
 
 
-def parameters(model):
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-def summary(inputs, run, log, out, constant, device):
+def summary(inputs, run, log, constant, device):
     """The end of a run: loss.png and two lines. Returns what is worth recording."""
-    m = len(inputs.keep)
-    images = run.step * run.batch
+    images = run.images()
     skipped = run.bad.in_all()
     seconds = 0
     if device.type == "cuda":
@@ -447,12 +403,13 @@ def summary(inputs, run, log, out, constant, device):
         common.log(f"peak device memory {peak / 2**30:.1f} GB")
     if log.rows:
         if common.rank() == 0:
-            loss_plot(log.rows, out / "loss.png", constant)
+            loss_plot(log.rows, run.out / "loss.png", constant)
         seconds = log.rows[-1]["seconds"]
         common.log(f"{images:,} images in {seconds:,.1f} s, diffusion loss "
                    f"{log.rows[-1]['diffusion']:.4f}, {skipped} steps skipped")
-    return {"train_seconds": seconds, "images_seen": images, "epochs": images / m,
-            "images_kept": m, "parameters": parameters(inputs.net.model), "skipped": skipped}
+    n = sum(p.numel() for p in inputs.net.model.parameters() if p.requires_grad)
+    return {"train_seconds": seconds, "images_seen": images, "epochs": images / len(inputs.keep),
+            "images_kept": len(inputs.keep), "parameters": n, "skipped": skipped}
 
 
 # How a preview is drawn: sampler and steps.
@@ -536,19 +493,16 @@ def load_start(args, inputs):
 
 def load_kept(args, data):
     """int64 (M,): the rows of --indices, of --attach, or all."""
-    path = args.indices
-    if args.attach:
-        path = Path(args.attach) / "keep.npy"
-        common.load_record(Path(args.attach) / "attach.args.json")    # must be there
-    if not path:
-        return np.arange(len(data.labels))
-    common.check_origin(path, data)
-    keep = common.load_indices(path, len(data.labels), data.labels, data.num_classes)
-    if args.attach and args.indices:
+    if not args.attach:
+        return common.load_kept(args.indices, data)
+    folder = Path(args.attach)
+    common.load_record(folder / "attach.args.json")                   # must be there
+    keep = common.load_kept(folder / "keep.npy", data)
+    if args.indices:
         asked = common.load_indices(args.indices, len(data.labels))
         common.need(np.array_equal(asked, keep),
-                    f"{args.indices}: holds other indices than {path}, to which the attachments "
-                    "belong; leave --indices out")
+                    f"{args.indices}: holds other indices than {folder / 'keep.npy'}, to which the "
+                    "attachments belong; leave --indices out")
     return keep
 
 
@@ -590,10 +544,7 @@ def check_flags(args, data):
          f"--dropout does nothing in {args.model}; leave it out")
     need(args.weights or args.reweight_mode == "loss",
          "--reweight-mode resample says how --weights are used; give --weights, or leave it out")
-    parts = common.world() * args.accumulate
-    need(args.batch_size % parts == 0,
-         f"--batch-size {args.batch_size} is the global batch: it must be a multiple of processes x "
-         f"--accumulate = {common.world()} x {args.accumulate}")
+    common.need_even_batch(args.batch_size, args.accumulate)
     if data.latents is not None:
         need(not args.sample_every, "--sample-every draws no pictures of latents; leave it out, and "
                                     "use sample.py on a checkpoint")

@@ -311,7 +311,7 @@ def test_warnings(kit, capsys):
     (["--reference", "missing.pt"], "missing.pt: no such file"), (["--data", "nowhere"], "nowhere: no such data folder"),
     (["--indices", "BAD_INDICES"], "0..59"), (["--indices", "NO_CAT"], "class 2 keeps no image"), (["--reference", "OTHER_DATA"], "other_sha"),
     (["--reference", "OTHER_CLASSES"], "num_classes"), (["--reference", "OTHER_SIZE"], "size"), (["--reference", "OTHER_CHANNELS"], "channels"),
-    (["--reference", "NOT_A_CKPT"], "not a checkpoint"), (["--proxy-init", "OTHER_CLASSES"], "does not fit the proxy"),
+    (["--reference", "NOT_A_CKPT"], "not a checkpoint"), (["--proxy-init", "OTHER_CLASSES"], "that fits the proxy"),
     (["--proxy-init", "OTHER_PROCESS"], "process = ddpm, the reference has flow"),
     (["--reference", "WORD_FOR_LR"], "'lr' is a str"), (["--reference", "NEW_AMP"], "amp = 'fp4'"), (["--reference", "NO_WARMUP"], "does not say with which warmup"),
     (["--proxy-model", "SiT-T/8"], "patch size 8"), (["--out", "A_FILE"], "a file stands")])
