@@ -129,7 +129,7 @@ def reverse_time(weights):
     at_1 = timestep_embedding(torch.ones(1), first.shape[1]).double()
     cos, sin = at_1.chunk(2, dim=1)            # (1, F) each: cos f, sin f
     # What meets the cosines and what meets the sines of the embedding, (D, F) each.
-    a, b = first.double().chunk(2, dim=1)
+    a, b = first.double().split(cos.shape[1], dim=1)
     turned = torch.cat([a * cos + b * sin, a * sin - b * cos], dim=1)
     weights = {**weights, "t_embedder.mlp.0.weight": turned.float()}
     for key in ("final_layer.linear.weight", "final_layer.linear.bias"):
