@@ -36,7 +36,7 @@ def official_weights(state):
     DistributedDataParallel and torch.compile leave.
     """
     inner = state
-    for key in ("model", "ema"):               # the EMA where there are both
+    for key in ("model", "ema"):  # the EMA where there are both
         if isinstance(state.get(key), dict):
             inner = state[key]
     weights = {}
@@ -101,7 +101,7 @@ def settings_of(weights):
     # Numbers of the blocks, which the names carry.
     blocks = [int(key.split(".")[1]) for key in weights if re.match(r"blocks\.\d+\.", key)]
     depth = 1 + max(blocks, default=0)
-    outputs = len(weights["final_layer.linear.weight"])    # p p C, or 2 p p C with sigma
+    outputs = len(weights["final_layer.linear.weight"])  # p p C, or 2 p p C with sigma
     settings = {
         "model": name,
         "size": math.isqrt(weights["pos_embed"].shape[1]) * patch,
@@ -127,7 +127,7 @@ def reverse_time(weights):
     """
     first = weights["t_embedder.mlp.0.weight"]
     at_1 = timestep_embedding(torch.ones(1), first.shape[1]).double()
-    cos, sin = at_1.chunk(2, dim=1)            # (1, F) each: cos f, sin f
+    cos, sin = at_1.chunk(2, dim=1)  # (1, F) each: cos f, sin f
     # What meets the cosines and what meets the sines of the embedding, (D, F) each.
     a, b = first.double().split(cos.shape[1], dim=1)
     turned = torch.cat([a * cos + b * sin, a * sin - b * cos], dim=1)
