@@ -12,7 +12,7 @@ Writes  RUN/metrics.json     every figure under its encoder, with the protocol
         RUN/nearest.png      the most suspicious samples and their nearest images
         RUN/trajectory.json  with --trajectory: the distance of every kept checkpoint
 
-    python evaluate.py --runs runs/digits/full runs/digits/random --data data/digits --encoder scratch
+    python evaluate.py --runs runs/digits/full runs/digits/random --data data/digits
 """
 import contextlib
 import hashlib
@@ -44,9 +44,9 @@ def some_rows(n, most, seed):
 def at_most(rows, labels, limits, rng):
     """Thin out rows (n,), sorted, until class c has at most limits[c] of them, drawn evenly."""
     order = rows[rng.permutation(len(rows))]
-    order = order[np.argsort(labels[order], kind="stable")]          # class by class
-    begin = np.searchsorted(labels[order], labels[order])            # where the class of each begins
-    place = np.arange(len(order)) - begin                            # within the class
+    order = order[np.argsort(labels[order], kind="stable")]           # class by class
+    begin = np.searchsorted(labels[order], labels[order])             # the first of each one's class
+    place = np.arange(len(order)) - begin                             # within the class
     return np.sort(order[place < limits[labels[order]]])
 
 
@@ -140,7 +140,7 @@ class Team:
             labels = torch.from_numpy(y[ids.start:ids.stop]).to(self.device)
             with common.autocast(self.device, drawn["amp"]):
                 noise = [common.generator(drawn["seed"], "sample", i) for i in ids]
-                x = diffusion.draw(model, process, labels, noise, drawn, vae, scale)
+                x = diffusion.sample_images(model, process, labels, noise, drawn, vae, scale)
             common.need(x.isfinite().all(), f"{file}: samples hold NaN or infinity; the run had "
                                             "diverged there, remove the file to leave it out")
             images.append(diffusion.to_uint8(x).cpu().numpy())

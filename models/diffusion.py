@@ -302,7 +302,7 @@ def generate(model, process, y, generators, sampler, steps, cfg=1.0, interval=(0
     return x.float()
 
 
-def draw(model, process, y, generators, how, vae=None, scale=None):
+def sample_images(model, process, y, generators, how, vae=None, scale=None):
     """Images (n, C, H, W) float32 in [-1, 1] for labels y (n,), as sample.py draws them.
 
     how: dict with sampler, steps, cfg, cfg_interval, eta and variance. With a vae the model's
