@@ -2,6 +2,7 @@
 import argparse
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -256,7 +257,7 @@ def test_latents_are_decoded(process, sampler, tmp_path, fake_vae, capsys):
 def test_the_disk_is_asked_for_what_will_be_written(flow, tmp_path, monkeypatch, capsys, fake_vae):
     """Decoded images, not latents; and only before the first row: the space is reserved from then on."""
     latents = latent(make_checkpoint(tmp_path / "l.pt", channels=4), latent_scale=0.25, vae="its/own")
-    disk = lambda free: monkeypatch.setattr(common.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))          # noqa: E731
+    disk = lambda free: monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))          # noqa: E731
     disk(20 * 16 * 16 * 3 - 1)
     assert "make room" in refused(capsys, latents, tmp_path / "a")
     disk(20 * 16 * 16 * 3)
