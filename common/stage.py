@@ -469,18 +469,17 @@ class Upstream:
         old = OLD_SCORES.get(args.get("score"), "features")
         looked_at = made.get("looked_at", old)
         given = args.get("features")                       # made by another call
-        extracted = scored = 0
-        if looked_at == "features":
-            extracted = made.get("seconds_features") or 0
-        if what != "features":
-            scored = made.get("seconds_scores") or 0
-        if what != "features" and given and looked_at == "features":
-            # Its own record tells what they cost; else prune.py noted what lay beside the file.
-            if extracted and not record_of(Path(given).parent, "prune"):
-                self.file(given)
-            else:
-                extracted = 0
-                yield from self.follow(given, "features", role)
+        extracted = made.get("seconds_features") or 0
+        scored = made.get("seconds_scores") or 0
+        if what == "features":
+            scored = 0
+        elif given and looked_at != "features":
+            extracted = 0
+        elif given and extracted and not record_of(Path(given).parent, "prune"):
+            self.file(given)                               # prune.py read the seconds beside it
+        elif given:
+            extracted = 0
+            yield from self.follow(given, "features", role)
         if what != "features" and args.get("scores"):
             yield from self.follow(args["scores"], "scores", role)
         seconds = extracted + scored

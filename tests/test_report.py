@@ -460,8 +460,8 @@ def test_refusals(tmp_path, capsys):
 
 def test_seconds_count_every_process():
     """Wall time of 8 processes is 8 times as dear; an old record without the number counts as one, an unknown figure stays unknown."""
-    assert report.device_seconds({"provenance": {"processes": 8}}, 2.5) == 20.0 and report.device_seconds({"provenance": {}}, 2.5) == 2.5
-    assert report.device_seconds(None, 2.5) == 2.5 and report.device_seconds({"provenance": {"processes": 8}}, None) is None
+    assert common.device_seconds({"provenance": {"processes": 8}}, 2.5) == 20.0 and common.device_seconds({"provenance": {}}, 2.5) == 2.5
+    assert common.device_seconds(None, 2.5) == 2.5 and common.device_seconds({"provenance": {"processes": 8}}, None) is None
 
 
 def test_titles_of_runs():
