@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 import common
-from models import diffusion, encoders, metrics
+from models import diffusion, encoders, memorisation, metrics
 
 # A space whose vectors would take more memory is left out of the audit.
 AUDIT_BYTES = 16e9
@@ -328,7 +328,7 @@ def neighbour_figures(z, ref, seed):
 
 # ----------------------------------------------------------------------- copies of what was seen
 def audit(run, ref, args, baseline):
-    """The audit of metrics.memorisation_audit, in pixels and under the encoder, and nearest.png.
+    """The audit of models/memorisation.py, in pixels and under the encoder, and nearest.png.
 
     baseline: samples of a model of the full set, or None. Rank 0 holds one space's vectors of the
     images seen and of those they are compared with; a space that would need more than AUDIT_BYTES
@@ -355,7 +355,7 @@ def audit(run, ref, args, baseline):
             continue
         encode = vectors_of
         try:
-            out[space] = metrics.memorisation_audit(
+            out[space] = memorisation.memorisation_audit(
                 encode, samples, sets.seen, sets.seen_labels, sets.pool, sets.pool_labels,
                 sets.heldout, baseline, DRAWS, args.seed, NOISE, device=ref.enc.device,
                 alike=sets.alike)
@@ -409,8 +409,8 @@ def images_alike(ref, keep):
     """
     data = ref.data
     share = max(len(keep) / len(data.labels), min(1 / 3, 1000 / len(ref.test)))
-    rows = metrics.most_alike(ref.test, data.test_labels, ref.of(keep), data.labels[keep],
-                              ref.features, ref.labels, share)
+    rows = memorisation.most_alike(ref.test, data.test_labels, ref.of(keep), data.labels[keep],
+                                   ref.features, ref.labels, share)
     return Selection(data.test_images, rows) if len(rows) else None
 
 

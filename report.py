@@ -555,7 +555,7 @@ def against_heldout(name, row):
 
 
 def verdict_on_full(m, noise, error):
-    """noise is what a perfect copier scores, and not 1: see models.metrics.matched_set_test."""
+    """noise is what a perfect copier scores, and not 1: see models.memorisation.matched_set_test."""
     gap = noise - 0.5
     if gap < 2 * error:
         return "has too few held-out images or samples to tell"

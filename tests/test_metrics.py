@@ -1,4 +1,4 @@
-"""models/metrics.py against closed forms, plain loops of the published definitions, scipy, scikit-learn and pytorch-fid."""
+"""models/metrics.py and models/memorisation.py against closed forms, plain loops of the published definitions, scipy, scikit-learn and pytorch-fid."""
 import math
 import subprocess
 import sys
@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from models import metrics as M
+from models.memorisation import matched_set_test, memorisation_audit, most_alike, nn_ratio_share
 
 
 def data(n, D, seed=0, scale=1.0, shift=0.0):
@@ -274,7 +275,7 @@ def test_audit_controls_on_digits():
     keep = pick(y, 15)
     rest = np.setdiff1d(np.arange(1500), keep)
     half = np.concatenate([held[:148], train[keep][:149]])            # a model that copies half of the time
-    a = M.memorisation_audit(pixels, half, train[keep], y[keep], train[rest], y[rest], heldout=held, baseline=held[::2])
+    a = memorisation_audit(pixels, half, train[keep], y[keep], train[rest], y[rest], heldout=held, baseline=held[::2])
     assert 0.45 <= a["heldout"]["share"] <= 0.55 and a["noise"]["share"] > 0.95 and a["samples"]["n"] == 150
     assert 0.70 <= a["samples"]["share"] <= 0.80 and set(a) == {"samples", "heldout", "noise", "baseline"}
     assert a["heldout"]["ratio"]["share"] < 0.1 and a["noise"]["ratio"]["share"] > 0.9 and a["samples"]["ratio"]["neighbours"] == 50
@@ -288,12 +289,12 @@ def test_most_alike_finds_the_kind_of_the_subset_and_favours_none_for_a_random_o
     train, test, yt, yh = x[:4000], x[4000:], y[:4000], y[4000:]
     r = np.linalg.norm((x - 5 * y[:, None]) / (1 + y[:, None]), axis=1)                                # distance to the centre of the class
     inner = np.flatnonzero(r[:4000] < 1)
-    rows = M.most_alike(test, yh, train[inner], yt[inner], train, yt, 0.1)
+    rows = most_alike(test, yh, train[inner], yt[inner], train, yt, 0.1)
     assert (np.bincount(yh[rows]) == [math.ceil(0.1 * n) for n in np.bincount(yh)]).all() and (np.diff(rows) > 0).all()
     for c in (0, 1):                                                  # those of the subset's kind: near the centre, whatever the class is like
         assert r[4000:][rows[yh[rows] == c]].max() < np.quantile(r[4000:][yh == c], 0.15)
     drawn = np.sort(rng.choice(4000, 400, replace=False))
-    rows = M.most_alike(test, yh, train[drawn], yt[drawn], train, yt, 0.1)
+    rows = most_alike(test, yh, train[drawn], yt[drawn], train, yt, 0.1)
     nearer = brute(test[rows], train[drawn]).min(1) < brute(test[rows], train[np.setdiff1d(np.arange(4000), drawn)[:400]]).min(1)
     assert 0.4 < nearer.mean() < 0.6                                  # nothing to tell a random subset by: its figure stays one half
     # the log-ratio in scipy's words, on features whitened by the class with a root of another kind
@@ -305,14 +306,14 @@ def test_most_alike_finds_the_kind_of_the_subset_and_favours_none_for_a_random_o
         sigma = np.cov(full.T)
         return (a[of == c] - full.mean(0)) @ np.linalg.inv(sqrtm(sigma + 1e-3 * np.trace(sigma) / 3 * np.eye(3)).real)
     own = np.concatenate([u(train[inner], yt[inner], c) for c in (0, 1)])
-    rows = M.most_alike(test, yh, train[inner], yt[inner], train, yt, 0.05)
+    rows = most_alike(test, yh, train[inner], yt[inner], train, yt, 0.05)
     for c in (0, 1):
         x, mine = u(test, yh, c), np.flatnonzero(yh == c)
         want = normal(own.mean(0), np.cov(own.T)).logpdf(x) - normal(np.zeros(3)).logpdf(x)
         m = math.ceil(0.05 * len(mine))
         assert len(set(mine[np.argsort(-want)[:m]]) & set(rows)) >= m - 2           # (each class was whitened by a rotation of this root: nearly the same pooled Gaussian)
-    assert len(M.most_alike(test, yh, train[:2], yt[:2], train, yt, 0.01)) == sum(math.ceil(0.01 * (yh == c).sum()) for c in set(yt[:2]))
-    assert M.most_alike(test, yh, train[:2], np.array([0, 1]), train[:1], yt[:1], 0.5).size == 0
+    assert len(most_alike(test, yh, train[:2], yt[:2], train, yt, 0.01)) == sum(math.ceil(0.01 * (yh == c).sum()) for c in set(yt[:2]))
+    assert most_alike(test, yh, train[:2], np.array([0, 1]), train[:1], yt[:1], 0.5).size == 0
 
 
 def test_audit_of_vectors_that_stay_on_a_device_is_the_same():
@@ -321,14 +322,14 @@ def test_audit_of_vectors_that_stay_on_a_device_is_the_same():
     keep = pick(y, 5)
     rest = np.setdiff1d(np.arange(1500), keep)
     args = held[:60], train[keep], y[keep], train[rest], y[rest]
-    a, b = (M.memorisation_audit(encode, *args, heldout=held[60:90], draws=3) for encode in (pixels, lambda x: torch.from_numpy(pixels(x))))
+    a, b = (memorisation_audit(encode, *args, heldout=held[60:90], draws=3) for encode in (pixels, lambda x: torch.from_numpy(pixels(x))))
     assert a == b
 
 
 def test_audit_of_a_model_of_the_full_set():
     """The held-out split is the pool; the training set is redrawn. A perfect copier reaches about 0.5 + 297/1500/2, as documented."""
     train, y, held, y_held = digits()
-    a = M.memorisation_audit(pixels, train[::3], train, y, held, y_held)
+    a = memorisation_audit(pixels, train[::3], train, y, held, y_held)
     assert set(a) == {"samples", "noise"} and a["samples"]["n"] <= 297
     assert 0.55 < a["samples"]["share"] < 0.65 and 0.55 < a["noise"]["share"] < 0.65
 
@@ -337,25 +338,25 @@ def test_matched_set_test_equals_a_loop_and_counts_ties_half():
     subset, pool, z = data(6, 3, 1), data(6, 3, 2), data(40, 3, 3)
     y = np.array([0, 0, 0, 1, 1, 1])
     share = np.mean([float(a < b) for a, b in zip(brute(z, subset).min(1), brute(z, pool).min(1))])
-    r = M.matched_set_test(z, subset, y, pool, y)
+    r = matched_set_test(z, subset, y, pool, y)
     assert r == pytest.approx(dict(share=share, spread=0, n=6), abs=1e-12)                              # both sides whole: nothing to draw
-    assert M.matched_set_test(z, subset, y, subset, y)["share"] == 0.5
+    assert matched_set_test(z, subset, y, subset, y)["share"] == 0.5
     # 1 of class 0 and 3 of class 1 against a pool of 3 and 2: n = 1 + 2, both sides redrawn
-    r = M.matched_set_test(*(torch.from_numpy(v) for v in (z, subset[2:], y[2:], pool[:5], y[:5])))
+    r = matched_set_test(*(torch.from_numpy(v) for v in (z, subset[2:], y[2:], pool[:5], y[:5])))
     assert r["n"] == 3 and r["spread"] > 0
     # class-matched: a pool whose only images near z belong to a class that the subset lacks must not enter
     near = np.concatenate([pool + 50, z[:3]])
-    assert M.matched_set_test(z, subset, y, near, np.array([0, 0, 0, 1, 1, 1, 2, 2, 2]))["share"] == 1.0
+    assert matched_set_test(z, subset, y, near, np.array([0, 0, 0, 1, 1, 1, 2, 2, 2]))["share"] == 1.0
     with pytest.raises(ValueError, match="no image of class 1"):
-        M.matched_set_test(z, subset, y, pool[:3], y[:3])
+        matched_set_test(z, subset, y, pool[:3], y[:3])
 
 
 def test_nearest_and_ratio_equal_loops():
     z, t = data(400, 2, 1), data(80, 2, 2)
     d = np.sort(brute(z, t), 1)
     share = np.mean([row[0] < np.mean(row[1:51]) / 3 for row in d])
-    assert M.nn_ratio_share(z, t) == pytest.approx(dict(share=share, neighbours=50, threshold=1 / 3)) and 0 < share < 1
-    assert M.nn_ratio_share(z, t[:20])["neighbours"] == 19
+    assert nn_ratio_share(z, t) == pytest.approx(dict(share=share, neighbours=50, threshold=1 / 3)) and 0 < share < 1
+    assert nn_ratio_share(z, t[:20])["neighbours"] == 19
     dist, index = M.nearest(z, t)
     assert (index == brute(z, t).argmin(1)).all() and dist.shape == (400,)
 
