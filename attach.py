@@ -26,7 +26,6 @@ Writes  OUT/keep.npy       int64 (M,), sorted;  OUT/difficulty.npy float32 (N,),
 
     python attach.py --data data/digits --reference LAST.pt --per-class 15 --visual ddae --out OUT
 """
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -52,9 +51,9 @@ def difficulty_scores(model, process, x, y, eps, ts):
     per image. One conditional pass, no guidance.
     """
     from models.diffusion import diffusion_loss
-    s = torch.zeros(len(x), device=x.device)
+    s = torch.zeros(len(x), device=x.device)                                             # (n,)
     for t, e in zip(ts, eps):
-        s += diffusion_loss(process, model, x, t.expand(len(x)), e.expand_as(x), y)      # (n,)
+        s += diffusion_loss(process, model, x, t.expand(len(x)), e.expand_as(x), y)      # means
     return s / len(ts)
 
 
@@ -165,10 +164,11 @@ def score_again(args, inputs, device, s, eps, most=2000):
     """How far the scores s (N,) repeat under eps, on at most 20 classes and `most` images."""
     groups = common.rows_by_class(inputs.data.labels, inputs.data.num_classes)
     rng = np.random.default_rng(args.seed)
+    # The order of these draws is part of the result.
     classes = rng.permutation(len(groups))[:20]
     some = {c: np.sort(rng.permutation(groups[c])[:most // len(classes)]) for c in classes}
     rows = np.sort(np.concatenate(list(some.values())))                  # of all these classes
-    again = np.empty(len(s), np.float32)
+    again = np.empty(len(s), np.float32)                                 # (N,), filled at `rows`
     for lo in range(0, len(rows), args.batch_size):
         part = rows[lo:lo + args.batch_size]
         again[part] = score_rows(args, inputs, device, part, eps)
@@ -191,6 +191,7 @@ def choose(args, inputs, s):
     keep = select(s, groups, args.per_class, args.select, args.interval)
     if args.select != "interval":
         return keep, args.select
+    # Larger classes have wider intervals.
     ks = [interval_of(len(g), min(len(g), args.per_class), args.interval) for g in groups]
     ks = sorted({min(ks), max(ks)})
     return keep, f"interval {args.interval}: k = {'..'.join(map(str, ks))}"
@@ -219,6 +220,7 @@ def subset_distance(args, inputs, keep, out):
     judge = inputs.judge
     z, _ = common.fill_features(out, "judge", judge, inputs.data, args.batch_size)       # (N, D)
     groups = common.rows_by_class(inputs.data.labels, inputs.data.num_classes)
+    # Every process encodes, the first one measures.
     fd, random = common.from_rank0(lambda: subset_frechet(z, keep, groups, args.seed))
     others = ", ".join(f"{r:.4g}" for r in random)
     common.log(f"attach.py: FD ({args.judge}, {judge.width} wide) of the subset to the full set "
@@ -265,8 +267,8 @@ def load_inputs(args):
     inputs = SimpleNamespace(data=data, pixels=data, keep=None, scores=None, earlier={},
                              reference=None, text=None, judge=None, visual=None)
     if args.indices:
-        inputs.keep = common.load_indices(args.indices, len(data.labels), data.labels,
-                                          data.num_classes)
+        n = len(data.labels)
+        inputs.keep = common.load_indices(args.indices, n, data.labels, data.num_classes)
         common.check_origin(args.indices, data)
     if args.images:
         inputs.pixels = common.open_kept_images(args.images, data, inputs.keep)
@@ -284,9 +286,8 @@ def load_networks(args, inputs, device):
     if args.select in RANKED and not args.difficulty:
         inputs.reference = common.open_scorer(args.reference, data, args.official)
     if args.text != "none" and common.rank() == 0:
-        start = time.time()
-        tokens, mask = common.text_tokens(args.text, args.prompt, data, device)
-        inputs.text = (tokens, mask, round(time.time() - start, 3))
+        # A text model has gigabytes, and its tokens are needed once.
+        inputs.text = common.text_tokens(args.text, args.prompt, data, device)
     if args.judge != "none":
         inputs.judge = common.open_encoder(args.judge, data, device, args.judge_weights)
     if args.visual != "none":
@@ -294,6 +295,7 @@ def load_networks(args, inputs, device):
                                             tokens=True)
     aligned = inputs.judge and inputs.visual and inputs.judge.identity == inputs.visual.identity
     selected = inputs.reference and args.judge == "ddae" and args.judge_weights == args.reference
+    # Who selected, or is aligned to, finds its own taste in what it judges.
     if aligned or selected:
         common.log(f"attach.py: warning: circular judging: {args.judge} judges the subset and "
                    f"{'is aligned to' if aligned else 'selected it'} as well; take another --judge "
@@ -308,6 +310,7 @@ def files_of(args, inputs):
     if args.judge == "clip" and args.judge_weights and not args.judge_weights.is_file():
         files["judge_weights"] = None                                    # a folder or a name
     if args.text.endswith(".npy"):
+        # Its mask counts as well, where there is one.
         mask = Path(f"{args.text[:-4]}_mask.npy")
         files["text"] = args.text
         files["text_mask"] = mask if mask.exists() else None

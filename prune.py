@@ -66,7 +66,7 @@ def mahalanobis_by_gram(z, mu, eps):
     n, D = z.shape
     x = torch.cat(list(centred(z, mu)))                                  # (n, D)
     L, logdet = cholesky(x @ x.T / n, eps)
-    root = torch.linalg.solve_triangular(L, torch.eye(n, dtype=L.dtype), upper=False)
+    root = torch.linalg.solve_triangular(L, torch.eye(n, dtype=L.dtype), upper=False)    # L^-1
     diagonal = root.square().sum(0)                                      # (n,) of A^-1
     return n * (1 - eps * diagonal), logdet + (D - n) * math.log(eps)
 
@@ -99,7 +99,7 @@ def middle_band(d, tie):
 
     Moderate-DS (Xia et al. 2023, ICLR), with the median as in its code; the paper has the mean.
     """
-    rank = np.empty(len(d))
+    rank = np.empty(len(d))                                              # (n,)
     rank[np.lexsort((tie, d))] = np.arange(len(d))
     return -np.abs(rank - (len(d) - 1) / 2)
 
@@ -130,7 +130,7 @@ def herding_picks(z, m, tie, rng=None):
     from models.chunked import mean_row, products
     along = products(z, mean_row(z))                                     # (n,) <mu, z>
     wz = along.copy()                         # (n,) <w, z>, which is kept up to date instead of w
-    taken = np.zeros(len(along), bool)
+    taken = np.zeros(len(along), bool)                                   # (n,)
     picked = []
     while len(picked) < m:
         i = first(np.where(taken, -np.inf, wz), tie)
@@ -150,11 +150,11 @@ def ccs_picks(difficulty, m, tie, rng=None, strata=50, drop=0.1):
     n = len(difficulty)
     dropped = min(int(drop * n), n - m)
     easy = np.lexsort((tie, difficulty))[:n - dropped]                   # indices, easiest first
-    d = difficulty[easy] - difficulty[easy].min()
+    d = difficulty[easy] - difficulty[easy].min()                        # from 0 upwards
     stratum = np.zeros(len(d), int)
     if d.max() > 0:
         stratum = np.minimum((strata * (d / d.max())).astype(int), strata - 1)
-    by_size = sorted((easy[stratum == b] for b in range(strata)), key=len)
+    by_size = sorted((easy[stratum == b] for b in range(strata)), key=len)   # [(n_b,), ...]
     picked = []
     for i, rows in enumerate(by_size):
         quota = min(len(rows), (m - len(picked)) // (strata - i))
@@ -169,8 +169,8 @@ def cluster_picks(z, m, tie, rng):
     """
     from models.chunked import kmeans, products, squared_norms
     C, sizes = kmeans(z, m, rng)
-    C = C[np.argsort(-sizes, kind="stable")]
-    sq = squared_norms(z)
+    C = C[np.argsort(-sizes, kind="stable")]                             # (m, D)
+    sq = squared_norms(z)                                                # (n,)
     picked = []
     block = max(1, 2**25 // len(sq))          # centres at once: no (n, m) matrix beyond 256 MB
     for lo in range(0, m, block):
@@ -199,8 +199,7 @@ class Score:
 
 
 SCORES = {
-    "gaussian": Score(gaussian_score, "features", "log-density under the class's Gaussian",
-                      within=True),
+    "gaussian": Score(gaussian_score, "features", "density under the class Gaussian", within=True),
     "moderate": Score(median_distance, "features", "the middle of the distances to the median",
                       within=True, ranked=middle_band),
     "kcenter":  Score(kcenter_picks, "features", "greedy cover, from the most central image", True),
@@ -220,8 +219,8 @@ def counts_to_keep(sizes, keep):
 
 def top(scores, groups, m, tie):
     """Sorted indices of the m[g] highest scores of each group g. scores, groups, tie: (N,)."""
-    order = np.lexsort((tie, -scores, groups))
-    start = np.searchsorted(groups[order], np.arange(len(m)))
+    order = np.lexsort((tie, -scores, groups))                           # by group, best first
+    start = np.searchsorted(groups[order], np.arange(len(m)))            # (G,)
     return np.sort(np.concatenate([order[lo:lo + k] for lo, k in zip(start, m)]))
 
 
@@ -233,13 +232,14 @@ def score_all(name, groups, m, tie, seed, features=None, difficulty=None, labels
     """
     from models.chunked import rows_of
     score = SCORES[name]
-    random = common.random_scores(seed, len(groups))
+    # They do not depend on how many are kept: a larger set holds every smaller one.
+    random = common.random_scores(seed, len(groups))                     # (N,)
     source = {"features": features, "labels": difficulty, "nothing": random}[score.needs]
     within = labels if score.within and labels is not None else groups
-    scores = np.full(len(groups), -np.inf)
+    scores = np.full(len(groups), -np.inf)                               # what is not picked
     sets = common.rows_by_class(within, within.max() + 1)
     for g, rows in enumerate(common.progress(sets, desc=name, leave=False, delay=2)):
-        x = rows_of(source, rows)
+        x = rows_of(source, rows)                                        # (n, D) or (n,)
         if score.picks:
             picked = score.function(x, m[g], tie[rows], np.random.default_rng([seed, g]))
             scores[rows[picked]] = 0.0 - np.arange(len(picked))
@@ -257,9 +257,14 @@ def cut(args, inputs, device):
     start = time.time()
     data = inputs.data
     labels = data.labels                                                 # (N,)
-    tie = torch.randperm(len(labels), generator=common.generator(args.seed, "ties")).numpy()
+    tie = torch.randperm(len(labels), generator=common.generator(args.seed, "ties")).numpy()  # (N,)
     if args.score == "gaussian":
-        warn_of_thin_classes(data, inputs.features.shape[1])
+        D = inputs.features.shape[1]
+        thin = np.sum(np.bincount(labels) <= D)
+        if thin:
+            common.log(f"prune.py: warning: {thin} of {data.num_classes} classes have no more "
+                       f"images than features have columns ({D}): their distances are almost equal "
+                       "(the order still holds); a narrower surrogate separates them better")
     with common.user_errors():
         scores = inputs.scores                                           # (N,), or None
         if inputs.trains:
@@ -267,7 +272,7 @@ def cut(args, inputs, device):
         if args.score:
             scores = score_all(args.score, inputs.groups, inputs.m, tie, args.seed, inputs.features,
                                scores, labels)
-    keep = top(scores, inputs.groups, inputs.m, tie)
+    keep = top(scores, inputs.groups, inputs.m, tie)                     # (M,)
     kept = np.bincount(labels[keep], minlength=data.num_classes)         # (K,)
     common.need(kept.all(), f"--scope global leaves class {data.classes[np.argmin(kept)]!r} without"
                             " an image; use --scope class or a larger --keep")
@@ -281,14 +286,6 @@ def cut(args, inputs, device):
     common.log(f"prune.py: kept {len(keep)} of {len(scores)} images "
                f"({100 * len(keep) / len(scores):.1f} %), per class {kept.min()}..{kept.max()}")
     return {"kept": len(keep), "seconds_scores": seconds}
-
-
-def warn_of_thin_classes(data, D):
-    thin = (np.bincount(data.labels) <= D).sum()
-    if thin:
-        common.log(f"prune.py: warning: {thin} of {data.num_classes} classes have no more images "
-                   f"than features have columns ({D}): their distances are almost constant (the "
-                   "order still holds); a narrower surrogate separates them better")
 
 
 # ----------------------------------------------------------------------------------------- inputs
@@ -310,16 +307,14 @@ def load_inputs(args):
                 f"{args.data}: has one class only, but --score {args.score} or --surrogate "
                 f"{args.surrogate} trains a classifier; choose one that needs no labels")
     inputs.groups = data.labels if args.scope == "class" else np.zeros_like(data.labels)
-    sizes = np.bincount(inputs.groups)
-    inputs.m = np.full(len(sizes), args.per_class)
-    if args.keep:
-        inputs.m = counts_to_keep(sizes, args.keep)
+    sizes = np.bincount(inputs.groups)                                   # (G,)
+    asked = np.full_like(sizes, args.per_class or 0)
+    inputs.m = counts_to_keep(sizes, args.keep) if args.keep else asked
     if args.features:
         inputs.features, inputs.seconds = common.load_features(args.features, data)
     if args.scores:
         # For ccs they are a difficulty, which every image has to have.
-        unpicked = args.score is None
-        inputs.scores = common.load_scores(args.scores, data, "scores", unpicked=unpicked)
+        inputs.scores = common.load_scores(args.scores, data, "scores", unpicked=not args.score)
         picked = np.bincount(inputs.groups[np.isfinite(inputs.scores)], minlength=len(inputs.m))
         short = np.argmax(picked < inputs.m)
         where = f"class {data.classes[short]!r}" if args.scope == "class" else "the whole set"

@@ -177,11 +177,12 @@ def load_text_file(path, data):
 
 
 def text_tokens(text, prompt, data, device):
-    """What --text names: tokens (K, L, d) float16 and mask (K, L) bool.
+    """What --text names: tokens (K, L, d) float16, mask (K, L) bool, and the seconds it took.
 
     text: minilm, FILE.npy, or a model of transformers, which reads `prompt` of every class.
     """
     from models import conditioning
+    start = time.time()
     with user_errors():
         if text == "minilm":
             tokens, mask = conditioning.minilm_tokens(data.classes)
@@ -194,7 +195,7 @@ def text_tokens(text, prompt, data, device):
     with np.errstate(over="ignore"):
         half = np.asarray(tokens).astype(np.float16)
     check_finite(half, text, "the text tokens, as float16,")
-    return half, mask
+    return half, mask, round(time.time() - start, 3)
 
 
 # ---------------------------------------------------------------------------------------- networks

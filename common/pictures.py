@@ -45,7 +45,7 @@ def save_grid(path, images, pad=1, least=48):
 def class_tiles(data, groups_of, most, side=96):
     """A row of groups of images for each class shown: uint8 (R, G, most, h, w, C).
 
-    groups_of(rows (n_c,)) gives the G groups of indices of a class; the rest of a group stays white.
+    groups_of(rows (n_c,)) gives the G groups of indices of a class; what is left stays white.
     Images of twice `side` pixels and more are thinned to a height of at least `side`.
     """
     step = max(1, data.images.shape[1] // side)

@@ -65,6 +65,7 @@ def products(z, c, width=0):
 
 def squared_distances(z, sq, i):
     """|z_j - z_i|^2 to row i, (n,), from sq = squared_norms(z): one product, no difference."""
+    # Rounding makes some of them negative.
     return np.maximum(sq - 2 * products(z, z[i:i + 1][0]) + sq[i], 0)
 
 
@@ -78,7 +79,7 @@ def kmeans(z, k, rng, iterations=10):
     for _ in range(iterations):
         last = nearest
         nearest, sums = assign(z, C)
-        sizes = np.bincount(nearest, minlength=k)
+        sizes = np.bincount(nearest, minlength=k)                        # (k,)
         used = sizes > 0
         C[used] = sums[used] / sizes[used, None]
         if np.array_equal(nearest, last):
@@ -91,15 +92,15 @@ def spread_centres(z, k, rng):
 
     Each is drawn in proportion to its squared distance to the nearest of those before it.
     """
-    sq = squared_norms(z)
+    sq = squared_norms(z)                                                # (n,)
     C = np.empty((k, z.shape[1]))
     near = np.full(len(sq), np.inf)                                      # (n,)
     i = rng.integers(len(sq))
     for j in range(k):
         C[j] = z[i:i + 1]
         near = np.minimum(near, squared_distances(z, sq, i))
-        near[i] = 0
-        total = np.cumsum(near)
+        near[i] = 0                              # not what rounding leaves of it
+        total = np.cumsum(near)                                          # (n,)
         i = np.searchsorted(total, rng.random() * total[-1], side="right")
         i = min(i, len(sq) - 1)                  # n where all that are left are duplicates
     return C
@@ -111,7 +112,9 @@ def assign(z, C):
     sums = np.zeros(C.shape)
     nearest = []
     for x in chunks(z, len(C)):
+        # |x - c|^2 is smallest where <x, c> - |c|^2 / 2 is largest.
         mine = (x @ C.T - half).argmax(1)                                # (rows,)
+        # Rows of one centre stand together, so that one sum runs over each centre's.
         order = np.argsort(mine, kind="stable")
         used, start = np.unique(mine[order], return_index=True)
         sums[used] += np.add.reduceat(x[order], start)
