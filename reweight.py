@@ -306,8 +306,8 @@ def fill_flags(args, data, known):
     if args.burn_in is None:
         args.burn_in = max(200, args.steps // 10)
     common.need(args.burn_in < args.steps,
-                f"--burn-in {args.burn_in}: none of {args.steps} steps is left to average over; give "
-                "fewer, or more --steps")
+                f"--burn-in {args.burn_in}: none of {args.steps} steps is left to average over; "
+                "give fewer, or more --steps")
     common.need_even_batch(args.batch_size)
     return known
 

@@ -28,8 +28,6 @@ import common
 from models.diffusion import SAMPLERS, sample_images, to_uint8
 
 DEFAULT_SAMPLER = {"ddpm": ("ddim", 50), "flow": ("heun", 25)}       # with its steps
-# What sample_images is told of the sampler.
-HOW = ("sampler", "steps", "cfg", "cfg_interval", "eta", "variance")
 
 
 # ---------------------------------------------------------------------------- formulas
@@ -40,7 +38,8 @@ HOW = ("sampler", "steps", "cfg", "cfg_interval", "eta", "variance")
 def draw_samples(args, inputs, out, device):
     """OUT/samples.npy, by every process its part. Returns a memory map of it."""
     model = inputs.model.to(device, memory_format=torch.channels_last)
-    how = {name: getattr(args, name) for name in HOW}
+    how = dict(sampler=args.sampler, steps=args.steps, cfg=args.cfg, eta=args.eta,
+               cfg_interval=args.cfg_interval, variance=args.variance)
     common.log(f"writing {math.prod(inputs.shape) / 2**20:,.1f} MB of samples into {out}")
 
     def compute(rows):

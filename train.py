@@ -2,17 +2,17 @@
 
 DDPM (Ho et al. 2020, arXiv 2006.11239) or SiT (Ma et al. 2024, arXiv 2401.08740), in one loop for
 CPU, one GPU and many (torchrun), for fp32, bf16 and fp16. Everything random in step n (batch, time,
-noise, label dropout, flips) is drawn from (seed, n) for the whole global batch: a resumed run equals
-a straight one bit for bit on a CPU, and more processes change nothing but the order of sums.
+noise, label dropout, flips) is drawn from (seed, n) for the whole global batch, so a resumed run
+equals a straight one bit for bit on a CPU, and more processes change only the order of sums.
 
 Reads   DATA/                  a data folder of data.py (images.npy or latents.npy, labels.npy)
         --indices keep.npy     int64 (M,), train on these images only (prune.py, attach.py)
-        --weights weights.npy  float32 (K,), class weights (reweight.py): times the loss, or drawn by
+        --weights weights.npy  float32 (K,), class weights (reweight.py), to multiply or to draw by
         --attach DIR           text.npy, visual.npy: conditions and alignment targets (attach.py)
 Writes  OUT/last.pt, step_*.pt (EMA only), stats.jsonl, loss.png, samples_*.png, train.args.json
 
     python train.py --data data/digits --preset digits --out runs/digits/full
-    torchrun --nproc_per_node 8 train.py --data data/cifar10 --preset cifar10 --out runs/cifar10/full
+    torchrun --nproc_per_node 8 train.py --data data/cifar10 --preset cifar10 --out runs/cifar/full
 
 To resume, or to go on for more --steps, run the same command again.
 
@@ -40,8 +40,8 @@ from models.conditioning import (Projector, alignment_loss, drop_labels, match_g
 from models.diffusion import diffusion_loss, generate, make_process, to_uint8
 from models.vae import check_latents
 
-# The published recipe of each scale: DDPM's CIFAR-10 setting, SiT's ImageNet setting; digits is this
-# kit's own. A flag overrides.
+# The published recipe of each scale: DDPM's for CIFAR-10, SiT's for ImageNet; digits is this kit's
+# own. A flag overrides.
 PRESETS = {
     "digits": dict(
         model="SiT-T/2", process="flow", steps=800, batch_size=128, lr=6e-3, schedule="cosine",
@@ -54,8 +54,9 @@ PRESETS = {
         schedule="constant", warmup=0, ema=0.9999, class_std=0.02, flips=False, amp="bf16",
         checkpoint_every=10_000),
 }
+# What a run leaves, which a run that begins anew removes ...
 WRITES = ("last.pt", "step_*.pt", "samples_*.png", "stats.jsonl", "loss.png")
-# What other stages make of a run's weights.
+# ... with what other stages made of its weights, or it would pass for the new run's.
 DRAWN = ("sample*.*", "grid.png", "nearest.png", "metrics.json", "trajectory.json",
          "evaluate.args.json")
 
@@ -78,8 +79,10 @@ class Objective(nn.Module):
         if self.projector is None:
             return diffusion_loss(self.process, self.model, x, u, eps, y), None
         after = self.model.token_layer
+        # (n,) and the network's tokens (n, T', D)
         loss, tokens = diffusion_loss(self.process, self.model, x, u, eps, y, tokens_after=after)
-        return loss, alignment_loss(self.projector(tokens), match_grid(v, tokens.shape[1]))
+        projected = self.projector(tokens)                            # (n, T', d)
+        return loss, alignment_loss(projected, match_grid(v, tokens.shape[1]))
 
 
 def total_loss(diffusion, align, weight, lam):
@@ -87,7 +90,7 @@ def total_loss(diffusion, align, weight, lam):
 
     diffusion (n,); align (n,) or None; weight (n,), the class weight of each sample.
     """
-    loss = (weight * diffusion).mean()
+    loss = (weight * diffusion).mean()               # (), the only mean over samples
     if align is not None:
         loss = loss + lam * align.mean()
     return loss
@@ -117,15 +120,17 @@ class Order:
         self.probs = class_probs
         self.perms = {}                      # of the epochs that the last step saw
         if class_probs is not None:
+            # (m,) rows sorted by class; those of class c are counts[c] many, from starts[c] on.
             self.by_class = torch.from_numpy(np.argsort(labels, kind="stable"))
             counts = np.bincount(labels, minlength=len(class_probs))
-            self.counts = torch.from_numpy(counts)
-            self.starts = self.counts.cumsum(0) - self.counts
+            self.counts = torch.from_numpy(counts)                    # (K,)
+            self.starts = self.counts.cumsum(0) - self.counts         # (K,)
 
     def __call__(self, step):
         """(batch,) int64 rows of step `step`, counted from 0."""
         if self.probs is not None:
             return self.resampled(step)
+        # Places first..last in the endless row of epochs.
         first = step * self.batch
         last = first + self.batch - 1
         epochs = range(first // self.m, last // self.m + 1)
@@ -133,6 +138,7 @@ class Order:
             if e not in self.perms:
                 g = common.generator(self.seed, "epoch", e)
                 self.perms[e] = torch.randperm(self.m, generator=g)
+        # Those of earlier epochs are let go.
         self.perms = {e: self.perms[e] for e in epochs}
         rows = torch.cat(list(self.perms.values()))
         return rows[first - epochs[0] * self.m:][:self.batch]
@@ -140,7 +146,7 @@ class Order:
     def resampled(self, step):
         """Class ~ class_probs, then uniform within the class."""
         g = common.generator(self.seed, "order", step)
-        c = torch.multinomial(self.probs, self.batch, replacement=True, generator=g)
+        c = torch.multinomial(self.probs, self.batch, replacement=True, generator=g)     # (batch,)
         u = torch.rand(self.batch, generator=g, dtype=torch.float64)
         within = (u * self.counts[c]).long()
         return self.by_class[self.starts[c] + within]
@@ -161,8 +167,9 @@ class Feed:
         self.order = functools.lru_cache(maxsize=2)(order)            # this step and the next
         self.mine = slice(*common.shard(args.batch_size))
         self.flips = args.flips
-        self.latent_scale = inputs.settings["latent_scale"]          # None for pixels
+        self.latent_scale = inputs.settings["latent_scale"]           # None for pixels
         self.labels = torch.from_numpy(inputs.labels).to(device)      # (M,)
+        # The network is on the device already: what it leaves is shared by images and tokens.
         budget = common.device_budget(device)
         self.images = common.DeviceRows(inputs.source, inputs.keep, device, budget)
         self.tokens = None
@@ -172,35 +179,39 @@ class Feed:
             self.tokens = common.DeviceRows(inputs.visual, np.arange(m), device, budget)
 
     def share(self, step):
-        """(x, y, v) as stored, of this rank's rows (b,) in step n; those of n + 1 are read ahead."""
+        """(x, y, v) as stored, of this rank's rows in step n; those of n + 1 are read ahead."""
         rows = self.order(step)[self.mine]                            # (b,)
-        ahead = self.order(step + 1)[self.mine]
-        x = self.images.get(rows, ahead)                              # (b, H, W, C) or (b, 2C, h, w)
-        y = self.labels[rows.to(self.labels.device, non_blocking=True)]
+        ahead = self.order(step + 1)[self.mine]                       # (b,)
+        x = self.images.get(rows, ahead)                              # (b, H, W, C), (b, 2C, h, w)
+        y = self.labels[rows.to(self.labels.device, non_blocking=True)]         # (b,)
         v = None
         if self.tokens is not None:
             v = self.tokens.get(rows, ahead)                          # (b, [2,] T, d)
         return x, y, v
 
     def batch(self, share, part, draws):
-        """x (n, C, H, W), y (n,) and v (n, T, d) or None: a part of a share, as the network sees it.
+        """x (n, C, H, W), y (n,) and v (n, T, d) or None: a part of a share as the network sees it.
 
         An image is mirrored together with its tokens.
         """
         x, y, v = share
-        mirrored = draws.flip & self.flips                            # (n,)
-        x = common.as_input(x[part], self.latent_scale, draws.post, mirrored if self.flips else None)
+        mirrored = None
+        if self.flips:
+            mirrored = draws.flip                                     # (n,)
+        x = common.as_input(x[part], self.latent_scale, draws.post, mirrored)
         if v is not None:
-            v = v[part]
+            v = v[part]                                               # (n, [2,] T, d)
             if v.ndim == 4:
-                v = v[torch.arange(len(v), device=v.device), mirrored.long()]
+                # Index 1 holds the tokens of the mirrored image.
+                which = torch.zeros_like(y[part]) if mirrored is None else mirrored.long()
+                v = v[torch.arange(len(v), device=v.device), which]
         return x, y[part], v
 
 
 class Log:
     """The lines of stats.jsonl: means of the losses since the line before.
 
-    Their sums stay on the device; reading them is the loop's only wait for it.
+    Their sums stay on the device: reading them for a line is the loop's only wait for it.
     """
 
     def __init__(self, run, device):
@@ -227,7 +238,7 @@ class Log:
 
     def add_losses(self, u, loss, align):
         """u, loss (n,), align (n,) or None: those of a part of a batch."""
-        bins = (u * 10).long().clamp(0, 9)
+        bins = (u * 10).long().clamp(0, 9)           # (n,)
         # A step that is left out must not spoil the mean of the others.
         finite = loss.detach().isfinite()
         self.loss.index_add_(0, bins, torch.where(finite, loss.detach(), 0).double())
@@ -247,7 +258,7 @@ class Log:
         return self.device.type == "cpu" and self.run.bad.too_many()
 
     def write(self, lr, scale, kept):
-        """Add a line with the means over all ranks, then see whether the run has diverged."""
+        """Add a line with the means over all ranks, of `kept` images. Returns it, a dict."""
         run = self.run
         common.all_reduce(self.sums)
         losses = self.loss.tolist()
@@ -286,7 +297,7 @@ def train(args, inputs, stage, device):
     """The loop. Returns what is worth recording."""
     settings = inputs.settings
     latents = settings["latents"]
-    shape = (settings["channels"], settings["size"], settings["size"])
+    shape = (settings["channels"], settings["size"], settings["size"])         # (C, H, W)
     net = inputs.net.to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(net.model).eval().requires_grad_(False)
     params = list(net.model.parameters())
@@ -295,8 +306,9 @@ def train(args, inputs, stage, device):
     parts = {"model": net.model, "ema": ema, "projector": net.projector, "optimizer": optimizer,
              "scaler": scaler}
     run = common.Run(stage.out, parts, settings, args, device)
-    if stage.resuming and (stage.out / "last.pt").exists():
-        resume(run)
+    last = stage.out / "last.pt"
+    if stage.resuming and last.exists():
+        steps_left(last, run.resume(last), args.steps)
     feed = Feed(args, inputs, device)
     log = Log(run, device)
     class_weight = inputs.class_weight.to(device)                     # (K,), ones without --weights
@@ -313,7 +325,7 @@ def train(args, inputs, stage, device):
     for step in range(run.step, args.steps):
         lr = common.lr_at(step, args.lr, args.warmup, args.schedule, args.steps)
         draws = common.step_draws(args.seed, "step", step, args.batch_size, shape, device, latents)
-        draws = draws[feed.mine]
+        draws = draws[feed.mine]                     # the same of this rank's rows
         share = feed.share(step)                     # this rank's rows; reads ahead
         seed_dropout(args.seed, step)
 
@@ -343,6 +355,7 @@ def train(args, inputs, stage, device):
             run.say_pace()
         if not latents and common.is_due(done, args.sample_every, args.steps):
             with run.paused():
+                # The EMA is in eval mode; the trained weights would draw worse.
                 file = stage.out / f"samples_{done:07d}.png"
                 preview(ema, net.process, settings, device, file, args.seed)
         # A good checkpoint is never replaced in the middle of a divergence.
@@ -352,12 +365,6 @@ def train(args, inputs, stage, device):
             stop.leave(done)                         # exit code 143
     run.bar.close()
     return summary(inputs, run, log, constant, device)
-
-
-def resume(run):
-    """Go on from last.pt."""
-    state = run.resume(run.out / "last.pt")
-    steps_left(run.out / "last.pt", state, run.steps)
 
 
 def save(run, ema, keep=False):
@@ -381,6 +388,10 @@ def sync_when(wrapped, last):
 def describe(args, inputs, run, feed, device):
     """Says what will be trained. Returns the cosine that an alignment must beat, or None."""
     net = inputs.net
+    mean = inputs.class_weight[inputs.labels].double().mean()
+    if abs(mean - 1) > 1e-3:
+        common.log(f"note: {args.weights} averages {mean:.3f} over these images, not 1, and scales "
+                   "the loss by that: was it made for another kept set?")
     run.describe(args.model, net.model, net.process, len(inputs.keep), device)
     if args.steps > run.step and not feed.images.resident:
         common.log("the images do not fit beside the network: they are read from disk ahead of "
@@ -421,9 +432,11 @@ def preview(ema, process, settings, device, path, seed, per_class=8):
     if common.rank():
         return
     rows = min(settings["num_classes"], 10)
-    y = torch.arange(rows, device=device).repeat_interleave(per_class)
+    y = torch.arange(rows, device=device).repeat_interleave(per_class)         # (n,)
+    # Fixed noise, another for every place: the same picture can be followed through the run.
     noise = [common.generator(seed, "preview", j) for j in range(len(y))]
-    x = to_uint8(generate(ema, process, y, noise, *PREVIEW[process.name])).cpu().numpy()
+    x = generate(ema, process, y, noise, *PREVIEW[process.name])                # (n, C, H, W)
+    x = to_uint8(x).cpu().numpy()                                               # (n, H, W, C)
     common.save_grid(path, x.reshape(rows, per_class, *x.shape[1:]))
 
 
@@ -463,6 +476,7 @@ def load_inputs(args):
     inputs.source, channels, size = common.training_source(data)
     load_start(args, inputs)
     inputs.keep = load_kept(args, data)
+    # Before the preset fills --flips: only the user's own wish is refused.
     if args.attach:
         load_attachments(args, inputs)
     fill_flags(args, data)
@@ -507,7 +521,7 @@ def load_kept(args, data):
 
 
 def load_attachments(args, inputs):
-    """text, mask and visual of the folder --attach; tokens of one orientation end --flips."""
+    """text (K, L, d), mask (K, L), visual (M, [2,] T, d) of the folder --attach."""
     folder = Path(args.attach)
     inputs.text, inputs.mask = common.load_text(folder, inputs.data.num_classes)
     if args.align == 0:
@@ -524,7 +538,7 @@ def load_attachments(args, inputs):
 
 
 def fill_flags(args, data):
-    """What was left out takes the value of the preset, which is chosen by the size of the images."""
+    """What was left out takes the value of the preset, which the size of the images chooses."""
     if args.preset is None:
         if data.latents is not None:
             args.preset = "imagenet"
@@ -546,8 +560,8 @@ def check_flags(args, data):
          "--reweight-mode resample says how --weights are used; give --weights, or leave it out")
     common.need_even_batch(args.batch_size, args.accumulate)
     if data.latents is not None:
-        need(not args.sample_every, "--sample-every draws no pictures of latents; leave it out, and "
-                                    "use sample.py on a checkpoint")
+        need(not args.sample_every, "--sample-every draws no pictures of latents; leave it out, "
+                                    "and use sample.py on a checkpoint")
         need(not args.flips, "--flips: latents cannot be mirrored; use --no-flips")
 
 
@@ -558,18 +572,14 @@ def load_weights(args, inputs):
     inputs.class_probs = None
     if not args.weights:
         return
-    w = torch.from_numpy(common.load_class_weights(args.weights, data))
+    w = torch.from_numpy(common.load_class_weights(args.weights, data))          # (K,) float64
+    if args.reweight_mode == "loss":
+        inputs.class_weight = w.float()
+        return
+    # So the expected gradient is that of the weighted loss.
     counts = np.bincount(inputs.labels, minlength=data.num_classes)
     share = w * torch.from_numpy(counts).double()    # (K,)
-    if args.reweight_mode == "resample":
-        inputs.class_probs = share / share.sum()
-        return
-    inputs.class_weight = w.float()
-    mean = share.sum().item() / len(inputs.keep)
-    if abs(mean - 1) > 1e-3:
-        common.log(f"note: {args.weights} averages {mean:.3f} over these images, not 1, and scales "
-                   "the loss by that: was it made for another kept set?")
-
+    inputs.class_probs = share / share.sum()
 
 def settings_of(args, inputs, channels, size):
     """The settings that a checkpoint carries: enough to build the network and to sample from it."""
@@ -609,7 +619,7 @@ def load_latents_note(data):
 
 def load_network(args, inputs):
     """inputs.net: the network with its start weights, the projector and the losses."""
-    # The initial weights; all else draws from (seed, step).
+    # The initial weights; everything later draws from (seed, step).
     torch.manual_seed(args.seed)
     process = make_process(args.process, inputs.settings["predict"])
     with common.user_errors():
@@ -632,8 +642,8 @@ def steps_left(path, state, steps):
     """Steps that a checkpoint of this run still lacks; their number may grow, not shrink."""
     common.fields(path, state, step=int)
     done = state["step"]
-    common.need(done <= steps, f"{path}: has {done} steps already, --steps {steps} is fewer; choose "
-                               "another --out")
+    common.need(done <= steps, f"{path}: has {done} steps already, --steps {steps} is fewer; "
+                               "choose another --out")
     return steps - done
 
 
@@ -645,58 +655,51 @@ def parse_args(argv=None):
     p.add_argument("--indices", help="keep.npy: train on these images only")
     p.add_argument("--weights", help="weights.npy of reweight.py: class weights")
     p.add_argument("--reweight-mode", choices=("loss", "resample"), default="loss",
-                        help="class weights multiply the loss, or set how often a class is drawn")
+                   help="class weights multiply the loss, or set how often a class is drawn")
     p.add_argument("--attach", help="folder of attach.py: kept images, text and visual tokens")
     p.add_argument("--align", type=common.number(low=0, high=1000), default=0.5,
-                        help="lambda of the alignment loss, 0 leaves it out")
+                   help="lambda of the alignment loss, 0 leaves it out")
     p.add_argument("--preset", choices=PRESETS,
-                        help="recipe that fills the flags left out; default by image size")
+                   help="recipe that fills the flags left out; default by image size")
     p.add_argument("--model", choices=MODELS, help="network")
     p.add_argument("--process", choices=("ddpm", "flow"), help="diffusion process")
     p.add_argument("--predict", choices=("eps", "v"), default="eps",
-                        help="what a ddpm network predicts, v for few-step sampling (flow: always v)")
-    p.add_argument("--init", help="checkpoint of train.py to take the start weights from (its "
-                                       "EMA), or official weights")
+                   help="what a ddpm network predicts; v for few-step sampling (flow: always v)")
+    p.add_argument("--init", help="checkpoint whose EMA is the start, or official weights")
     p.add_argument("--official", choices=("dit", "sit"),
-                        help="--init holds official weights of this kind; sets --model and "
-                             "--process where they are left out")
-    p.add_argument("--steps", type=common.number(int, low=0, high=2**40),
-                        help="optimizer steps in all")
+                   help="--init holds official weights of this kind; sets --model and --process")
+    p.add_argument("--steps", type=common.number(int, low=0, high=2**40), help="optimizer steps")
     p.add_argument("--batch-size", type=common.batch_type,
-                        help="global batch, over all processes and accumulated parts")
+                   help="global batch, over all processes and accumulated parts")
     p.add_argument("--accumulate", type=common.count, default=1,
-                        help="parts into which each process cuts its share of a batch")
+                   help="parts into which each process cuts its share of a batch")
     p.add_argument("--lr", type=common.number(above=0, high=1e6),
-                        help="learning rate of AdamW (weight decay 0)")
+                   help="learning rate of AdamW (weight decay 0)")
     p.add_argument("--schedule", choices=("constant", "cosine"),
-                        help="learning rate after the warm-up; a cosine run cannot be prolonged")
+                   help="learning rate after the warm-up; a cosine run cannot be prolonged")
     p.add_argument("--warmup", type=common.number(int, low=0), help="steps of linear warm-up")
-    p.add_argument("--ema", type=common.number(low=0, high=1),
-                        help="decay of the weights' moving average")
+    p.add_argument("--ema", type=common.number(low=0, high=1), help="decay of the moving average")
     p.add_argument("--label-drop", type=common.number(low=0, high=1), default=0.1,
-                        help="share of samples trained without label and text")
+                   help="share of samples trained without label and text")
     p.add_argument("--grad-clip", type=common.number(low=0, high=1e6), default=1.0,
-                        help="largest gradient norm, 0 for no clipping")
-    p.add_argument("--flips", action=argparse.BooleanOptionalAction,
-                        help="mirror half of the images")
+                   help="largest gradient norm, 0 for no clipping")
+    p.add_argument("--flips", action=argparse.BooleanOptionalAction, help="mirror half the images")
     p.add_argument("--dropout", type=common.number(low=0, high=0.99),
-                        help="dropout inside a U-Net; default: the network's own")
+                   help="dropout inside a U-Net; default: the network's own")
     p.add_argument("--class-std", type=common.number(above=0, high=100),
-                        help="spread of the initial class embedding, 1 for short runs")
+                   help="spread of the initial class embedding; 1 for short runs")
     p.add_argument("--amp", choices=common.AMP, help="precision of forward and backward pass")
     p.add_argument("--compile", action="store_true",
-                        help="torch.compile: minutes at the start, faster steps on a GPU")
+                   help="torch.compile: minutes at the start, faster steps on a GPU")
     p.add_argument("--recompute", action="store_true",
-                        help="activation checkpointing: a third slower, far less memory")
+                   help="activation checkpointing: a third slower, far less memory")
     p.add_argument("--checkpoint-every", type=common.number(int, low=0),
-                        help="steps between checkpoints, 0 for the last only")
+                   help="steps between checkpoints, 0 for the last only")
     p.add_argument("--sample-every", type=common.number(int, low=0), default=0,
-                        help="steps between sample pictures, 0 for the last only")
-    p.add_argument("--log-every", type=common.count, default=50,
-                        help="steps between log lines")
-    common.add_run_flags(p, seed="seed of everything random",
-                         overwrite="start again in a folder that holds another run; its samples and "
-                                   "figures go too")
+                   help="steps between sample pictures, 0 for the last only")
+    p.add_argument("--log-every", type=common.count, default=50, help="steps between log lines")
+    common.add_run_flags(p, "start again where another run stands; its samples and figures go too",
+                         "seed of everything random")
     return p.parse_args(argv)
 
 

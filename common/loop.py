@@ -79,7 +79,7 @@ def share_out(net, device):
 
 
 def lr_at(step, lr, warmup, schedule, steps):
-    """Learning rate of step n: linear warm-up, then constant or a cosine to zero at the last step."""
+    """Learning rate of step n: linear warm-up, then constant or a cosine to zero at the last."""
     rate = lr
     if warmup:
         rate = lr * min(1.0, (step + 1) / warmup)

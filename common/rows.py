@@ -67,8 +67,8 @@ def device_budget(device):
 def as_input(x, latent_scale, post, mirrored=None):
     """Rows as stored -> (n, C, H, W) as a network sees them.
 
-    Pixels uint8 (n, H, W, C), or latents (n, 2C, H, W), of which post (n, C, H, W) makes a draw that
-    latent_scale multiplies. mirrored (n,) bool: these are turned round.
+    Pixels uint8 (n, H, W, C); or latents (n, 2C, H, W), of which post (n, C, H, W) makes a draw
+    that latent_scale multiplies. mirrored (n,) bool: these are turned round.
     """
     if latent_scale is None:
         x = to_pixels(x)

@@ -31,7 +31,7 @@ class Run:
         self.parts = parts
         flags = {k: v for k, v in vars(args).items() if k not in ("device", "overwrite")}
         self.settings = {**flags, **settings}
-        self.amp = args.amp
+        self.args = args
         self.batch = args.batch_size
         self.steps = args.steps
         self.step = 0
@@ -40,12 +40,14 @@ class Run:
         self.begun = time.time()
 
     def describe(self, who, net, process, images, device, disk=0):
-        """Print what will be trained. disk: bytes that it writes besides the last checkpoint."""
+        """Print what will be trained. disk: bytes that it writes besides checkpoints."""
+        args = self.args
         n = sum(p.numel() for p in net.parameters() if p.requires_grad)
         epochs = self.steps * self.batch / images
         megabytes = (16 * n + disk) / 2**20 + 1
-        log(f"{who}: {n / 1e6:.2f} M parameters, {process.name}, {images:,} images, {self.steps:,} "
-            f"steps of {self.batch} = {epochs:,.1f} effective epochs, {device}, amp {self.amp}, "
+        log(f"{who} {n / 1e6:.2f} M parameters, {process.name}, {images:,} images, {self.steps:,} "
+            f"steps of {self.batch} = {epochs:,.1f} effective epochs, lr {args.lr:g} "
+            f"({args.schedule}, warm-up {args.warmup}), {device}, amp {args.amp}, each checkpoint "
             f"about {megabytes:,.0f} MB in {self.out}")
 
     def start(self):

@@ -1,4 +1,4 @@
-"""What trainer and proxy are given: pixels or latents, weights, attachments, a checkpoint's recipe."""
+"""What trainer and proxy are given: pixels or latents, weights, attachments, checkpoints."""
 import math
 
 import numpy as np
@@ -29,8 +29,8 @@ def training_source(data):
 def need_even_batch(batch, accumulate=1):
     """Every process gets as many images, and each of the parts into which it cuts them."""
     need(batch % (world() * accumulate) == 0,
-         f"--batch-size {batch} is the global batch: it must be a multiple of processes x accumulated "
-         f"parts = {world()} x {accumulate}")
+         f"--batch-size {batch} is the global batch: it must be a multiple of processes x "
+         f"accumulated parts = {world()} x {accumulate}")
 
 
 def load_kept(path, data):
@@ -83,9 +83,9 @@ def load_visual(folder, m):
     return visual
 
 
-# ------------------------------------------------------------------------------- a checkpoint's settings
+# ----------------------------------------------------------------------- a checkpoint's settings
 def need_same(path, known, mine, ours, remedy="its weights would mean something else"):
-    """A checkpoint whose settings `known` differ from these is refused; `ours` names what has them."""
+    """A checkpoint whose settings `known` differ is refused; `ours` names what has these."""
     for name, value in mine.items():
         was = known.get(name)
         need(was == value, f"{path}: was trained with {name} = {was}, {ours} has {value}; {remedy}")
@@ -112,8 +112,8 @@ def inherit_flags(args, kinds, path, known):
     fields(path, known, **{name: kind for name, kind in kinds.items() if name in known})
     for name, choices in (("amp", AMP), ("schedule", ("constant", "cosine"))):
         was = known.get(name)
-        need(was in (None, *choices), f"{path}: was trained with {name} = {was!r}, which is none of "
-                                      f"{', '.join(choices)}; {OURS}")
+        need(was in (None, *choices), f"{path}: was trained with {name} = {was!r}, which is none "
+                                      f"of {', '.join(choices)}; {OURS}")
     for name in kinds:
         if getattr(args, name, None) is None:
             setattr(args, name, known[name])
