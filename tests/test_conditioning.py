@@ -1,5 +1,8 @@
 """models/conditioning.py: class and text embedding, label dropout, time embedding and the alignment loss against plain loops."""
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -222,3 +225,12 @@ def test_projector():
         h = h @ p[k].weight.detach().numpy().T + p[k].bias.detach().numpy()
         h = h / (1 + np.exp(-h)) if k < 4 else h
     np.testing.assert_allclose(p(x).detach().numpy(), h, rtol=1e-10)
+
+
+def test_it_can_be_lifted_alone():
+    """Importing it loads none of the kit's other files but the empty models/__init__.py, and few lines."""
+    code = "import sys; import models.conditioning; print(*sorted(m for m in sys.modules if m.split('.')[0] in ('models', 'common', 'einops')))"
+    root = Path(__file__).parent.parent
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
+    assert out.stdout.split() == ["models", "models.conditioning"]
+    assert sum(len((root / "models" / f).read_text().splitlines()) for f in ("__init__.py", "conditioning.py")) < 450

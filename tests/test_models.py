@@ -7,11 +7,10 @@ import pytest
 import torch
 import torch.nn as nn
 
-from models.build import MODELS, build, from_checkpoint, init_from
-from models.diffusion import make_process
-from models.official import official_checkpoint, reverse_time
+from models.build import MODELS, Network, build, from_checkpoint, has_dropout, init_from, text_of
 from models.conditioning import ConditionEmbedder
-from models.diffusion import DDPM, Flow
+from models.diffusion import DDPM, Flow, make_process
+from models.official import official_checkpoint, reverse_time
 from models.sit import SIZES, SiT
 from models.unet import Down, ResBlock, SelfAttention, UNet
 
@@ -559,3 +558,27 @@ def test_every_model_of_the_table_can_be_built():
         for name in MODELS:
             model = build(dict(model=name, process="flow", size=32, channels=3, num_classes=10))
             assert isinstance(model, (SiT, UNet)) and isinstance(model.y_embedder, ConditionEmbedder) and model.num_classes == 10
+            assert all(hasattr(model, name) for name in Network.__annotations__)
+
+
+@pytest.mark.parametrize("settings", [SIT, UNET], ids=["sit", "unet"])
+def test_every_network_keeps_to_the_written_interface(settings):
+    model = build({**settings, "text_shape": [2, 5]}, torch.ones(3, 2, 5)).eval()
+    x, t, y = batch(), torch.tensor([0.1, 0.5, 0.9]), torch.tensor([0, 3, 2])
+    out, tokens = model(x, t, y, tokens_after=model.token_layer)
+    assert out.shape == x.shape and tokens.shape == (3, model.grid**2, model.token_width)
+    assert torch.equal(out, model(x, t, y))
+    assert text_of(model).shape == (3, 2, 5) and (text_of(model) == 1).all()          # the null row aside
+    assert text_of(build(settings)) is None and text_of(build({**UNET, "num_classes": 0})) is None
+
+
+def test_which_networks_have_dropout():
+    assert {name: has_dropout(name) for name in MODELS} == {name: name.startswith("unet") for name in MODELS}
+    for name in ("unet-tiny", "SiT-T/2"):
+        model = build({**SIT, "model": name, "dropout": 0.25})
+        assert any(isinstance(m, nn.Dropout) and m.p == 0.25 for m in model.modules()) == has_dropout(name)
+
+
+def test_options_of_another_network_are_passed_over():
+    assert build({**UNET, "depth": 2, "learn_sigma": True}).channels == 1 and len(build({**SIT, "depth": 2}).blocks) == 2
+    assert build({**SIT, "learn_sigma": True}).out_channels == 2 and build({**SIT, "learn_sigma": None}).out_channels == 1
