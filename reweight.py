@@ -278,11 +278,11 @@ def load_inputs(args):
     """All that the flags name, checked before anything is written; fills the flags left out."""
     data = common.open_data(args.data, pixels=False)
     state, reference, process = common.open_checkpoint(args.reference, args.official)
+    known = fill_flags(args, data, state["args"])
     keep = common.load_kept(args.indices, data)
     inputs = SimpleNamespace(data=data, reference=reference, process=process, keep=keep)
     inputs.source, _, _ = common.training_source(data)
     inputs.counts = np.bincount(data.labels[keep], minlength=data.num_classes)
-    known = fill_flags(args, data, state["args"])
     load_proxy(args, inputs, known)
     inputs.files = {"data": data.info, "indices": args.indices, "reference": args.reference,
                     "proxy_init": args.proxy_init}
