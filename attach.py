@@ -199,19 +199,14 @@ def choose(args, inputs, s):
 
 def draw_selection(data, s, keep, how, out):
     """difficulty.png: a histogram per class, the kept marked. montage.png: easy, middle, hard."""
+    def ranks_of(n):
+        return [select_ranks(n, min(4, n), part) for part in ("easy", "medium", "hard")]
+
     title = f"difficulty, low = easy; marked: taken ({how})"
-    common.class_histograms(out / "difficulty.png", data, s, keep, title,
-                            3 * min(4, data.num_classes), 2)
-    if data.images is None:
-        return
-
-    def groups_of(rows):
-        order = rows[np.argsort(s[rows], kind="stable")]                 # from easy to hard
-        m = min(4, len(rows))
-        return [order[select_ranks(len(rows), m, part)] for part in ("easy", "medium", "hard")]
-
-    tiles = common.class_tiles(data, groups_of, 4)                       # (R, 3, 4, h, w, C)
-    common.save_grid(out / "montage.png", tiles.reshape(len(tiles), 12, *tiles.shape[3:]))
+    width = 3 * min(4, data.num_classes)                                 # inches
+    common.class_histograms(out / "difficulty.png", data, s, keep, title, width, 2)
+    if data.images is not None:
+        common.rank_montage(out / "montage.png", data, s, ranks_of, 4)
 
 
 def subset_distance(args, inputs, keep, out):

@@ -2,8 +2,8 @@
 
 Encodes every image with a surrogate network, scores the features and keeps the best (Li et al.
 2024, arXiv 2409.19128: the data selection of GANs carried over to diffusion models). A higher score
-is kept first, always; ties go by an order drawn from --seed. Scores that pick a set are minus the
-place in the order of picking, -inf for what is not picked.
+is kept first; ties go by an order drawn from --seed. Scores that pick a set are minus the place in
+the order of picking, -inf for what is not picked.
 
 With --scope class every class is scored and cut by itself, to floor(keep * n_c + 1/2) images and at
 least one. With --scope global all images compete: gaussian and moderate still measure an image
@@ -252,7 +252,7 @@ def score_all(name, groups, m, tie, seed, features=None, difficulty=None, labels
 
 
 def cut(args, inputs, device):
-    """Features -> scores -> kept indices -> files, by the first process. Returns the figures."""
+    """Features -> scores -> kept indices -> files: how many were kept, and the seconds it took."""
     from models import scratch
     start = time.time()
     data = inputs.data
@@ -263,8 +263,8 @@ def cut(args, inputs, device):
         thin = np.sum(np.bincount(labels) <= D)
         if thin:
             common.log(f"prune.py: warning: {thin} of {data.num_classes} classes have no more "
-                       f"images than features have columns ({D}): their distances are almost equal "
-                       "(the order still holds); a narrower surrogate separates them better")
+                       f"images than features have columns ({D}), so that their distances are "
+                       "almost equal; a narrower surrogate separates them better")
     with common.user_errors():
         scores = inputs.scores                                           # (N,), or None
         if inputs.trains:
@@ -285,7 +285,7 @@ def cut(args, inputs, device):
     common.save_npy(args.out / "keep.npy", keep)
     common.log(f"prune.py: kept {len(keep)} of {len(scores)} images "
                f"({100 * len(keep) / len(scores):.1f} %), per class {kept.min()}..{kept.max()}")
-    return {"kept": len(keep), "seconds_scores": seconds}
+    return len(keep), seconds
 
 
 # ----------------------------------------------------------------------------------------- inputs
@@ -299,8 +299,7 @@ def load_inputs(args):
     inputs.looked_at = SCORES[args.score].needs if args.score else "scores"
     inputs.extracts = inputs.looked_at == "features" and not args.features
     inputs.trains = inputs.looked_at == "labels" and not args.scores
-    data = common.open_data(args.data, pixels=inputs.extracts or inputs.trains)
-    inputs.data = data
+    data = inputs.data = common.open_data(args.data, pixels=inputs.extracts or inputs.trains)
     common.check_classes(data, args.per_class)
     classifies = inputs.trains or (inputs.extracts and args.surrogate == "scratch")
     common.need(data.num_classes > 1 or not classifies,
@@ -308,8 +307,9 @@ def load_inputs(args):
                 f"{args.surrogate} trains a classifier; choose one that needs no labels")
     inputs.groups = data.labels if args.scope == "class" else np.zeros_like(data.labels)
     sizes = np.bincount(inputs.groups)                                   # (G,)
-    asked = np.full_like(sizes, args.per_class or 0)
-    inputs.m = counts_to_keep(sizes, args.keep) if args.keep else asked
+    inputs.m = np.full_like(sizes, args.per_class or 0)
+    if args.keep:
+        inputs.m = counts_to_keep(sizes, args.keep)
     if args.features:
         inputs.features, inputs.seconds = common.load_features(args.features, data)
     if args.scores:
@@ -338,8 +338,7 @@ def parse_args(argv=None):
     p.add_argument("--surrogate", choices=ENCODERS, default="inception", help="encoder (see below)")
     p.add_argument("--weights", "--encoder-weights", type=Path, help="its file; ddae: a checkpoint")
     p.add_argument("--features", type=Path, help="features.npy (N, D) instead of a surrogate")
-    p.add_argument("--scores", type=Path, help="scores.npy (N,) made earlier, to cut again; with "
-                                               "--score ccs: the el2n scores to stratify")
+    p.add_argument("--scores", type=Path, help="scores.npy (N,) to cut again; for ccs: el2n's")
     p.add_argument("--el2n-epoch", type=common.number(int, low=1, high=10_000), default=10,
                    help="epochs after which el2n looks at the network")
     p.add_argument("--batch-size", type=common.batch_type, default=256, help="images at once")
@@ -385,11 +384,10 @@ def main(argv=None):
             inputs.features, inputs.seconds = common.fill_features(
                 args.out, "features", inputs.encoder, inputs.data, args.batch_size, noted=True,
                 anew=args.overwrite)
-        figures = common.from_rank0(lambda: cut(args, inputs, device))
-        figures["seconds_features"] = round(inputs.seconds, 3)
-        common.log(f"prune.py: seconds: features {inputs.seconds:.1f}, scores "
-                   f"{figures['seconds_scores']:.1f}")
-        stage.finish(**figures, looked_at=inputs.looked_at)
+        kept, seconds = common.from_rank0(lambda: cut(args, inputs, device))
+        common.log(f"prune.py: seconds: features {inputs.seconds:.1f}, scores {seconds:.1f}")
+        stage.finish(kept=kept, seconds_scores=seconds, seconds_features=round(inputs.seconds, 3),
+                     looked_at=inputs.looked_at)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ ROOMS = {
                 "need_same need_trained_on inherit_flags",
     "run": "Run BadSteps divergence is_due Stop",
     "rows": "DeviceRows device_budget as_input",
-    "pictures": "no_bombs save_grid class_tiles cut_montage figure save_figure save_weights "
+    "pictures": "no_bombs save_grid rank_montage cut_montage figure save_figure save_weights "
                 "shown_classes class_histograms",
 }
 _room_of = {name: room for room, names in ROOMS.items() for name in names.split()}

@@ -78,6 +78,16 @@ def save_montage(path, tiles, row_names, group_names, title):
     save_figure(path, fig, dpi=120)
 
 
+def rank_montage(path, data, s, ranks_of, most):
+    """A row per class shown: groups of its images at ranks_of(n_c), sorted by the score s (N,)."""
+    def groups_of(rows):
+        order = rows[np.argsort(s[rows], kind="stable")]
+        return [order[ranks] for ranks in ranks_of(len(rows))]
+
+    tiles = class_tiles(data, groups_of, most)                           # (R, G, most, h, w, C)
+    save_grid(path, tiles.reshape(len(tiles), -1, *tiles.shape[3:]))
+
+
 def cut_montage(path, data, scores, keep, tie, title):
     """A row per class shown: its highest images, those on both sides of the cut, its lowest."""
     def groups_of(rows):
