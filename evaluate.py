@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 import common
+from common import need
 from models import diffusion, encoders, memorisation, metrics
 
 # A space whose vectors would take more memory is left out of the audit.
@@ -45,7 +46,7 @@ def at_most(rows, labels, limits, rng):
     """Thin out rows (n,), sorted, until class c has at most limits[c] of them, drawn evenly."""
     order = rows[rng.permutation(len(rows))]
     order = order[np.argsort(labels[order], kind="stable")]           # class by class
-    begin = np.searchsorted(labels[order], labels[order])             # the first of each one's class
+    begin = np.searchsorted(labels[order], labels[order])             # of the class of each row
     place = np.arange(len(order)) - begin                             # within the class
     return np.sort(order[place < limits[labels[order]]])
 
@@ -54,6 +55,7 @@ def raw(images):
     """Pixel space: (n, H * W * C) float32 in [-1, 1] of uint8 images, or of a Selection of some."""
     out = np.empty((len(images), images[:1].size), np.float32)
     for lo in range(0, len(out), 1024):
+        # A memory map is read block by block.
         part = np.asarray(images[lo:lo + 1024])
         out[lo:lo + 1024] = part.reshape(-1, out.shape[1]) / 127.5 - 1
     return out
@@ -86,15 +88,17 @@ class Team:
         self.batch_size = max(1, batch_size // common.world())
         self.device = device
 
-    def encode(self, images, kind="pooled", title=None):
+    def encode(self, images, kind="pooled"):
         """Features (n, D) float32 of images, an array (n, H, W, C) or a Selection of one."""
         shares = []
         for source, rows in sendable(images):
-            shares += self.ask("encode_share", source, rows, kind, title)
+            shares += self.ask("encode_share", source, rows, kind)
+        # Where there are fewer rows than processes, some rank has no share.
         return np.concatenate([z for z in shares if z is not None])
 
     def ask(self, task, *what):
         """[what every rank makes of its share of the task], in their order."""
+        # The others wait for this in follow(), for hours if need be.
         common.from_rank0(lambda: (task, what))
         return self.do(task, what)
 
@@ -110,14 +114,13 @@ class Team:
             share = getattr(self, task)(*what)
         return common.gather(share)
 
-    def encode_share(self, source, rows, kind, title):
-        """Features of this rank's part of rows (n,), or None where it has none."""
-        images = source
-        if isinstance(source, str):
-            images = np.load(source, mmap_mode="r", allow_pickle=False)
+    def encode_share(self, images, rows, kind):
+        """Features of this rank's part of rows (n,) of an array or file, None where it has none."""
+        # Every rank opens the file itself.
+        if isinstance(images, str):
+            images = np.load(images, mmap_mode="r", allow_pickle=False)
         lo, hi = common.shard(len(rows))
-        delay = 0 if title else 2
-        with common.progress(total=hi - lo, desc=title, delay=delay) as bar:
+        with common.progress(total=hi - lo, desc=self.enc.name, delay=2) as bar:
             return encoders.extract(self.enc, images, self.batch_size, kind, rows=rows[lo:hi],
                                     bar=bar)
 
@@ -139,10 +142,11 @@ class Team:
             ids = range(k, min(k + self.batch_size, hi))
             labels = torch.from_numpy(y[ids.start:ids.stop]).to(self.device)
             with common.autocast(self.device, drawn["amp"]):
+                # Sample i depends on (seed, i) alone, so these are the run's own start noises.
                 noise = [common.generator(drawn["seed"], "sample", i) for i in ids]
                 x = diffusion.sample_images(model, process, labels, noise, drawn, vae, scale)
-            common.need(x.isfinite().all(), f"{file}: samples hold NaN or infinity; the run had "
-                                            "diverged there, remove the file to leave it out")
+            need(x.isfinite().all(), f"{file}: samples hold NaN or infinity; the run had diverged "
+                 "there, remove the file to leave it out")
             images.append(diffusion.to_uint8(x).cpu().numpy())
         features = None
         if images:
@@ -151,14 +155,17 @@ class Team:
 
 
 def sendable(images):
-    """Yields (source, rows) by which every rank can read images: the file of a memory map, else
-    arrays of 256 MB."""
+    """Yields (source, rows) by which every rank can read images.
+
+    source: the file of a memory map; else arrays, 256 MB at a time.
+    """
     if not isinstance(images, Selection):
         images = Selection(images, np.arange(len(images)))
     file = getattr(images.images, "filename", None)
     if file:
         yield str(file), images.rows
         return
+    # What rank 0 has read from an archive or from pictures, the others do not hold.
     step = max(1, 2**28 // images.images[0].nbytes)
     for lo in range(0, len(images), step):
         part = images[lo:lo + step]
@@ -188,13 +195,13 @@ class Reference:
         if data.images is None:
             return
         self.rows = some_rows(N, most, [seed, 0])
-        title = f"{self.enc.name}: reference"
-        self.features = team.encode(Selection(data.images, self.rows), title=title)
+        self.features = team.encode(Selection(data.images, self.rows))
         self.labels = data.labels[self.rows]
         if not statistics:
             self.mu, self.sigma = self.full_statistics(data.folder / f"stats_{self.enc.name}.npz")
             self.n = N
         if data.test_images is not None:
+            # Other real images: what a perfect model would score at their number.
             self.test = team.encode(data.test_images)
             if len(self.test) > 1:
                 self.heldout = self.distance(self.test)
@@ -208,6 +215,7 @@ class Reference:
                     return z["mu"], z["sigma"]
         except Exception:
             pass                         # absent, damaged or of another kind: it is only a cache
+        # To it this object is a matrix, read block by block.
         mu, sigma = metrics.gaussian_stats(self, device=self.enc.device)
         try:
             with common.atomic(cache) as tmp, open(tmp, "wb") as f:
@@ -248,12 +256,13 @@ def figures(run, ref, args):
     n is stored with each figure that depends on it.
     """
     data = ref.data
-    z = ref.team.encode(run.images, title=f"{ref.enc.name}: {run.name}")              # (n, D)
+    z = ref.team.encode(run.images)                                   # (n, D)
     out = distances(z, run, ref, args)
     if ref.features is not None and run.labels is not None and data.num_classes > 1:
         out |= class_figures(z, run, ref, args.seed)
     if ref.enc.name == "inception" and len(z) >= 10:
         logits = ref.team.encode(run.images, "logits")
+        # Samples come sorted by class or in turn, and its parts are consecutive.
         shuffled = logits[np.random.default_rng(args.seed).permutation(len(z))]
         mean, std = metrics.inception_score(shuffled)
         out["inception_score"] = dict(mean=mean, std=std, splits=10)
@@ -295,6 +304,7 @@ def class_figures(z, run, ref, seed):
     """Distances class by class, and how often the scratch network reads the label asked for."""
     data = ref.data
     out = {}
+    # The yardstick; without held-out images it is drawn from the reference itself.
     real = ()
     if ref.test is not None:
         real = (ref.test, data.test_labels)
@@ -317,6 +327,7 @@ def neighbour_figures(z, ref, seed):
     m = min(len(z), len(ref.features))
     real = ref.features[some_rows(len(ref.features), m, [seed, 1])]   # (m, D)
     fake = z[some_rows(len(z), m, [seed, 1])]                         # (m, D)
+    # Fewer images have no five neighbours.
     if m > 5:
         device = ref.enc.device
         out |= metrics.precision_recall(real, fake, 3, device)
@@ -327,24 +338,21 @@ def neighbour_figures(z, ref, seed):
 
 
 # ----------------------------------------------------------------------- copies of what was seen
-def audit(run, ref, args, baseline):
+def audit(run, ref, args, full):
     """The audit of models/memorisation.py, in pixels and under the encoder, and nearest.png.
 
-    baseline: samples of a model of the full set, or None. Rank 0 holds one space's vectors of the
-    images seen and of those they are compared with; a space that would need more than AUDIT_BYTES
-    is left out, and that is said.
+    full: a run on the full set, whose samples are the baseline, or None. Rank 0 holds one space's
+    vectors of the images seen and of those they are compared with; a space that would need more
+    than AUDIT_BYTES is left out, and that is said.
     """
-    data = ref.data
-    sets = audit_sets(run, ref, args.seed)
+    device = ref.enc.device
+    sets = audit_sets(run, ref, args, full)
     if isinstance(sets, str):
         return {"skipped": sets}
-    rows = some_rows(len(run.images), args.audit_samples, [args.seed, 2])
-    samples = Selection(run.images, rows)
-    out = {"n": len(rows), "draws": DRAWS, "noise": NOISE, "model_of": sets.model_of}
-    if sets.model_of == "the full set":
-        baseline = None
+    # Beside the shares: how far one may lie from one half by chance depends on n.
+    out = {"n": len(sets.samples), "draws": DRAWS, "noise": NOISE, "model_of": sets.model_of}
     # Pixels are always the raw ones, not the encoder of that name.
-    spaces = {ref.enc.name: (ref.encode, ref.enc.width), "pixels": (raw, data.images[0].size)}
+    spaces = {ref.enc.name: (ref.encode, ref.enc.width), "pixels": (raw, run.images[0].size)}
     encode = None
     for space, (vectors_of, width) in spaces.items():
         size = 4 * width * (len(sets.seen) + len(sets.pool))
@@ -356,20 +364,20 @@ def audit(run, ref, args, baseline):
         encode = vectors_of
         try:
             out[space] = memorisation.memorisation_audit(
-                encode, samples, sets.seen, sets.seen_labels, sets.pool, sets.pool_labels,
-                sets.heldout, baseline, DRAWS, args.seed, NOISE, device=ref.enc.device,
+                encode, sets.samples, sets.seen, sets.seen_labels, sets.pool, sets.pool_labels,
+                sets.heldout, sets.baseline, DRAWS, args.seed, NOISE, device=device,
                 alike=sets.alike)
         except ValueError as e:
             return {"skipped": str(e)}
     if encode is None:
         return {"skipped": f"more than {AUDIT_BYTES / 1e9:.0f} GB of vectors"}
-    # The last space that was measured: pixels, where they fit.
-    nearest_picture(run.out / "nearest.png", samples, sets.seen, encode, ref.enc.device)
+    # In the last space that was measured: pixels, where they fit.
+    nearest_picture(run.out / "nearest.png", sets.samples, sets.seen, encode, device)
     return out
 
 
-def audit_sets(run, ref, seed):
-    """What the model has seen, and what the audit compares that with; or, in words, why it cannot.
+def audit_sets(run, ref, args, full):
+    """What the audit compares with what; or, in words, why there is none.
 
     A model of a subset is compared with unseen training images, one of the full set with the
     held-out images.
@@ -377,28 +385,32 @@ def audit_sets(run, ref, seed):
     data = ref.data
     if ref.features is None:
         return "the data folder holds latents only, and the audit compares pixels"
-    N = len(data.labels)
-    keep = np.arange(N) if run.keep is None else run.keep
-    rest = np.setdiff1d(np.arange(N), keep, assume_unique=True)
-    sets = SimpleNamespace(seen=Selection(data.images, keep), seen_labels=data.labels[keep])
-    sets.heldout = sets.alike = None
-    if len(rest):
-        # All draws together take no more of a class than this.
-        limits = DRAWS * np.bincount(sets.seen_labels, minlength=data.num_classes)
-        rest = at_most(rest, data.labels, limits, np.random.default_rng([seed, 4]))
-        sets.model_of = "a subset"
-        sets.pool = Selection(data.images, rest)
-        sets.pool_labels = data.labels[rest]
-        sets.heldout = data.test_images
-        if ref.test is not None:
-            sets.alike = images_alike(ref, keep)
-    else:
-        if data.test_images is None:
-            return ("a model of the full set, and the data folder has no held-out images to compare "
-                    "with")
+    everything = np.arange(len(data.labels))
+    keep = everything if run.keep is None else run.keep
+    rest = np.setdiff1d(everything, keep, assume_unique=True)
+    rows = some_rows(len(run.images), args.audit_samples, [args.seed, 2])
+    sets = SimpleNamespace(samples=Selection(run.images, rows), seen=Selection(data.images, keep),
+                           seen_labels=data.labels[keep], heldout=None, baseline=None, alike=None)
+    if len(rest) == 0:
         sets.model_of = "the full set"
         sets.pool = data.test_images
         sets.pool_labels = data.test_labels
+        if sets.pool is None:
+            return ("a model of the full set, and the data folder has no held-out images to "
+                    "compare with")
+        return sets
+    # All draws together take no more of a class than this.
+    limits = DRAWS * np.bincount(sets.seen_labels, minlength=data.num_classes)
+    rest = at_most(rest, data.labels, limits, np.random.default_rng([args.seed, 4]))
+    sets.model_of = "a subset"
+    sets.pool = Selection(data.images, rest)
+    sets.pool_labels = data.labels[rest]
+    sets.heldout = data.test_images
+    if full:
+        most = min(len(full.images), args.audit_samples)
+        sets.baseline = Selection(full.images, np.arange(most))
+    if ref.test is not None:
+        sets.alike = images_alike(ref, keep)
     return sets
 
 
@@ -408,6 +420,7 @@ def images_alike(ref, keep):
     As large a share as the subset is, but enough of them to count.
     """
     data = ref.data
+    # To come to a thousand images, up to a third of them.
     share = max(len(keep) / len(data.labels), min(1 / 3, 1000 / len(ref.test)))
     rows = memorisation.most_alike(ref.test, data.test_labels, ref.of(keep), data.labels[keep],
                                    ref.features, ref.labels, share)
@@ -419,13 +432,16 @@ def nearest_picture(path, samples, seen, encode, device):
     x = encode(samples)
     train = encode(seen)
     dist, index = metrics.knn(x, train, min(51, len(train)), device=device)          # (n, 51) each
-    suspicion = dist[:, 0] / dist[:, 1:].mean(1).clip(1e-9)           # low: far nearer to one image
-    worst = np.argsort(suspicion, kind="stable")[:16]
-    common.save_grid(path, np.stack([samples[worst], seen[index[worst, 0]]]))        # (2, 16, H, W, C)
+    # Low where a sample is far nearer to one image than to the next 50.
+    ratio = dist[:, 0] / dist[:, 1:].mean(1).clip(1e-9)               # (n,)
+    worst = np.argsort(ratio, kind="stable")[:16]
+    pairs = np.stack([samples[worst], seen[index[worst, 0]]])         # (2, 16, H, W, C)
+    common.save_grid(path, pairs)
 
 
 def joined(old, new):
     """The audit `new` with those spaces of an earlier one that other judges gave, at the same n."""
+    # One n for all spaces: it says how far a share may lie from one half.
     if not old or "skipped" in old or "skipped" in new or old.get("n") != new.get("n"):
         return new
     return {**old, **new}
@@ -439,6 +455,7 @@ def trajectory(run, ref, args):
     when n is the same.
     """
     path = run.out / "trajectory.json"
+    # A prefix of balanced labels is balanced.
     y = run.drawn[:args.trajectory_num]
     n = len(y)
     key = {"settings": {name: run.sampling[name] for name in DRAWN_WITH},
@@ -454,6 +471,7 @@ def trajectory(run, ref, args):
     points = []
     for file in run.checkpoints:
         shares = ref.team.ask("draw_share", str(file), run.sampling, y)
+        # Every rank has opened the same checkpoint.
         state = shares[0][1]
         z = np.concatenate([share for share, _ in shares if share is not None])      # (n, D)
         fd = ref.distance(z)
@@ -470,25 +488,27 @@ def measure(args, inputs, team, weights, todo):
     with common.user_errors():
         ref = Reference(inputs.data, team, args.reference_max, args.seed, args.reference_stats)
     for run in todo:
-        with common.user_errors():
-            if args.trajectory:
+        if args.trajectory:
+            with common.user_errors():
                 trajectory(run, ref, args)
-            else:
-                measure_samples(run, ref, args, inputs, weights)
+        else:
+            measure_samples(run, ref, args, inputs, weights)
 
 
 def measure_samples(run, ref, args, inputs, weights):
-    """RUN/metrics.json, with what other encoders gave for the same samples."""
+    """RUN/metrics.json, where figures of the same samples under other encoders stay."""
     start = time.time()
     info = inputs.data.info
     name = ref.enc.name
+    # An encoder adds its row to what stands; figures of other samples go.
     old = earlier(run, info)
     memo = old.get("memorisation")
-    row = figures(run, ref, args)
-    row["settings"] = settings(run, name, weights, args, inputs)
-    row["circular"] = name in run.judges
-    if args.audit and run.known and name == args.encoder[0]:
-        memo = joined(memo, audit(run, ref, args, inputs.baseline))
+    with common.user_errors():
+        row = figures(run, ref, args)
+        row["settings"] = settings(run, name, weights, args, inputs)
+        row["circular"] = name in run.judges
+        if args.audit and run.known and name == args.encoder[0]:
+            memo = joined(memo, audit(run, ref, args, inputs.full))
     row["seconds"] = round(time.time() - start, 2)
     common.save_json(run.out / "metrics.json", {
         "run": run.name, "data": info["name"], "data_sha256": info["sha256"],
@@ -552,8 +572,11 @@ class Run:
 
 
 def read_samples(path):
-    """(images uint8 (n, H, W, C), labels (n,) or None) of a file, or of a folder of pictures at any
-    depth. An .npz holds arr_0 or images, and may hold arr_1 or labels."""
+    """(images uint8 (n, H, W, C), labels (n,) or None) of a .npy, .npz or folder of pictures.
+
+    An .npz holds arr_0 or images, and may hold arr_1 or labels; labels of RUN/samples.npy lie
+    beside it.
+    """
     path = Path(path)
     labels = None
     if path.is_dir():
@@ -570,12 +593,12 @@ def read_samples(path):
             what = "labels of the samples, int64 (n,)"
             labels = np.array(common.load_npy(beside, what, (len(images),), "iu"))
     sound = images.dtype == np.uint8 and images.ndim == 4 and images.shape[3] in (1, 3)
-    common.need(sound, f"{path}: {images.dtype} {images.shape}, but samples must be uint8 "
-                       "(n, H, W, 1 or 3)")
+    need(sound, f"{path}: {images.dtype} {images.shape}, but samples must be uint8 "
+         "(n, H, W, 1 or 3)")
     if labels is not None:
         sound = labels.shape == (len(images),) and labels.dtype.kind in "iu"
-        common.need(sound, f"{path}: {len(images)} samples but labels {labels.dtype} of shape "
-                           f"{labels.shape}; one integer per sample expected")
+        need(sound, f"{path}: {len(images)} samples but labels {labels.dtype} of shape "
+             f"{labels.shape}; one integer per sample expected")
     return images, labels
 
 
@@ -590,8 +613,9 @@ def pictures(folder):
 def read_folder(folder):
     from PIL import Image
     files = pictures(folder)
-    common.need(files, f"{folder}: no picture in it or below it; give the folder, .npy or .npz "
-                       "that holds the samples")
+    need(files, f"{folder}: no picture in it or below it; give the folder, .npy or .npz that holds "
+         "the samples")
+    # The first picture says how large all of them are.
     images = None
     for k, file in enumerate(common.progress(files, desc=str(folder))):
         with common.reading(file, "picture", "remove or replace it"):
@@ -601,9 +625,8 @@ def read_folder(folder):
                 x = np.asarray(picture if picture.mode == "L" else picture.convert("RGB"))
         if images is None:
             images = np.empty((len(files), *x.shape), np.uint8)
-        common.need(x.shape == images.shape[1:],
-                    f"{file}: shape {x.shape}, but {files[0].name} has {images.shape[1:]}; bring "
-                    "all samples to one size")
+        need(x.shape == images.shape[1:], f"{file}: shape {x.shape}, but {files[0].name} has "
+             f"{images.shape[1:]}; bring all samples to one size")
         images[k] = x
     return images if images.ndim == 4 else images[..., None]
 
@@ -616,22 +639,21 @@ def read_statistics(path, width=None):
     what = "an .npz with mu and sigma, or m2 and s2,"
     z = common.load_npz(path, ("mu", "sigma", "m2", "s2"), what)
     pairs = [(z[m], z[s]) for m, s in (("mu", "sigma"), ("m2", "s2")) if m in z and s in z]
-    common.need(pairs, f"{path}: holds {', '.join(z)} only; {what} expected")
+    need(pairs, f"{path}: holds {', '.join(z)} only; {what} expected")
     mu, sigma = pairs[0]
     D = len(mu) if mu.ndim == 1 else -1
     floats = mu.dtype.kind == "f" and sigma.dtype.kind == "f"
-    common.need(floats and sigma.shape == (D, D),
-                f"{path}: mu {mu.dtype} {mu.shape} and sigma {sigma.dtype} {sigma.shape}, but "
-                "floats (D,) and (D, D) are expected")
-    common.need(np.isfinite(mu).all() and np.isfinite(sigma).all(),
-                f"{path}: mu or sigma holds NaN or infinity; make it again")
+    need(floats and sigma.shape == (D, D), f"{path}: mu {mu.dtype} {mu.shape} and sigma "
+         f"{sigma.dtype} {sigma.shape}, but floats (D,) and (D, D) are expected")
+    need(np.isfinite(mu).all() and np.isfinite(sigma).all(),
+         f"{path}: mu or sigma holds NaN or infinity; make it again")
     tolerance = 1e-3 * np.abs(sigma).max(initial=0)
     symmetric = np.allclose(sigma, sigma.T, rtol=1e-3, atol=tolerance)
-    common.need(symmetric and (sigma.diagonal() >= 0).all(),
-                f"{path}: sigma is no covariance: it must be symmetric, without a negative "
-                "variance; make it again")
-    common.need(width in (None, D), f"{path}: statistics of {D} features, but the encoder's are "
-                                    f"{width}; take those of the same encoder")
+    need(symmetric and (sigma.diagonal() >= 0).all(),
+         f"{path}: sigma is no covariance: it must be symmetric, without a negative variance; make "
+         "it again")
+    need(width in (None, D), f"{path}: statistics of {D} features, but the encoder's are {width}; "
+         "take those of the same encoder")
     return mu.astype(np.float64), sigma.astype(np.float64)
 
 
@@ -650,14 +672,19 @@ def open_run(out, samples, data, args):
     images, labels = read_samples(samples)
     drawn = labels
     if args.num:
-        common.need(args.num <= len(images), f"{samples}: {len(images)} samples, fewer than --num "
-                                             f"{args.num}; draw more with sample.py")
+        need(args.num <= len(images), f"{samples}: {len(images)} samples, fewer than --num "
+             f"{args.num}; draw more with sample.py")
         images = images[:args.num]
         labels = None if labels is None else labels[:args.num]
-    common.need(len(images) > 1, f"{samples}: {len(images)} samples, a distance needs at least 2; "
-                                 "draw more with sample.py")
-    if data.images is not None:
-        check_size(samples, images, data, args.encoder)
+    need(len(images) > 1, f"{samples}: {len(images)} samples, a distance needs at least 2; draw "
+         "more with sample.py")
+    # An encoder without a size of its own was made for the data set's.
+    size = None if data.images is None else data.images.shape[1:]
+    for name in args.encoder:
+        need(size in (None, images.shape[1:]) or encoders.ENCODERS[name].size,
+             f"{samples}: samples of {images.shape[1:]}, but {data.info['name']} has {size}, and "
+             f"encoder {name} does not resize; draw or bring them to that size")
+    # sample.py may draw without class, as label K.
     if labels is not None and (labels.min() < 0 or labels.max() >= data.num_classes):
         common.log(f"note: {samples}: labels outside the data set's {data.num_classes} classes "
                    "(drawn without class?): nothing is measured per class")
@@ -676,26 +703,16 @@ def open_run(out, samples, data, args):
     return run
 
 
-def check_size(samples, images, data, names):
-    """An encoder that does not resize must be shown images of the data set's size."""
-    for name in names:
-        resizes = encoders.ENCODERS[name].size
-        common.need(resizes or images.shape[1:] == data.images.shape[1:],
-                    f"{samples}: samples of {images.shape[1:]}, but {data.info['name']} has "
-                    f"{data.images.shape[1:]}, and encoder {name} does not resize; draw or bring "
-                    "them to that size")
-
-
 def read_sampling(run, data, folder):
     """How the samples were drawn, where sample.py says it."""
     record = common.record_of(run.out, "sample")
     if record is None:
         return
-    common.need(record["seconds"] is not None,
-                f"{run.out}: sample.py has not finished there; run its command again")
-    common.need(record.get("data_sha256") in (None, data.info["sha256"]),
-                f"{run.out}: was trained on {record.get('data')}, but --data {folder} is "
-                f"{data.info['name']}; evaluate on its own data set")
+    need(record["seconds"] is not None, f"{run.out}: sample.py has not finished there; run its "
+         "command again")
+    need(record.get("data_sha256") in (None, data.info["sha256"]),
+         f"{run.out}: was trained on {record.get('data')}, but --data {folder} is "
+         f"{data.info['name']}; evaluate on its own data set")
     run.sampling = record["args"]
     run.protocol = {key: record["args"][key] for key in DRAWN_WITH}
     run.protocol |= {"checkpoint_step": record.get("step"), "weights": "EMA",
@@ -709,6 +726,7 @@ def read_training(run, data):
         return
     run.known = True
     made = record["args"]
+    # train.py notes the hash of what it kept, under the name of the flag.
     source = made.get("indices")
     name = "indices"
     if not source and made.get("attach"):
@@ -718,24 +736,23 @@ def read_training(run, data):
         return
     run.keep = common.load_indices(source, len(data.labels))
     trained_on = record.get("inputs", {}).get(name)        # an old record does not tell
-    common.need(trained_on in (None, common.sha256(source)),
-                f"{source}: the kept set has changed since {run.out} was trained on it; train the "
-                "run again, or bring the file back")
+    need(trained_on in (None, common.sha256(source)),
+         f"{source}: the kept set has changed since {run.out} was trained on it; train the run "
+         "again, or bring the file back")
     run.judges = judges_used(record)
 
 
 def read_checkpoints(run, samples, num):
     """What a trajectory of `num` samples needs (None: as many as the run drew)."""
     labels = run.out / "sample_labels.npy"
-    common.need(run.drawn is not None, f"{labels}: no such file, and --trajectory draws with these "
-                                       "labels; draw again with sample.py")
+    need(run.drawn is not None, f"{labels}: no such file, and --trajectory draws with these "
+         "labels; draw again with sample.py")
     files = sorted(run.out.glob("step_*.pt"), key=step_of)
-    common.need(files, f"{run.out}: no step_*.pt to follow; train with --checkpoint-every")
-    common.need((num or 0) <= len(run.drawn),
-                f"{samples}: {len(run.drawn)} samples, fewer than --trajectory-num {num}; draw "
-                "more with sample.py")
-    common.need(run.sampling, f"{run.out / 'sample.args.json'}: no such file, and --trajectory "
-                              "draws by it; draw again with sample.py")
+    need(files, f"{run.out}: no step_*.pt to follow; train with --checkpoint-every")
+    need((num or 0) <= len(run.drawn), f"{samples}: {len(run.drawn)} samples, fewer than "
+         f"--trajectory-num {num}; draw more with sample.py")
+    need(run.sampling, f"{run.out / 'sample.args.json'}: no such file, and --trajectory draws by "
+         "it; draw again with sample.py")
     last = run.out / "last.pt"
     # --steps need not be a multiple of --checkpoint-every.
     if last.exists() and common.load_pt(last)["step"] > step_of(files[-1]):
@@ -746,8 +763,8 @@ def read_checkpoints(run, samples, num):
 def step_of(file):
     """The step in the name of step_0005000.pt."""
     step = file.stem.removeprefix("step_")
-    common.need(step.isdecimal(), f"{file}: its name has no step, as in step_0005000.pt; rename it "
-                                  "or move it away")
+    need(step.isdecimal(), f"{file}: its name has no step, as in step_0005000.pt; rename it or "
+         "move it away")
     return int(step)
 
 
@@ -758,8 +775,10 @@ def settings(run, name, weights, args, inputs):
     When any of it has changed they are measured again.
     """
     info = inputs.data.info
+    # That file is the default, and another one is another judge.
     if name == "scratch":
         weights = weights or inputs.data.folder / "scratch.pt"
+    # Only a model of a subset is compared with the full model's samples.
     baseline = None
     if inputs.full and run.keep is not None:
         baseline = inputs.full.sha256
@@ -803,28 +822,24 @@ def is_measured(run, name, weights, args, inputs):
 def load_inputs(args, data, places):
     """What the flags name, checked, by rank 0. places: [(folder to write to, samples)].
 
-    A namespace: data, runs, full (that of them on the full set, or None), baseline (its samples for
-    the audit), jobs [(encoder, its weights, places in runs of those that it has to judge)].
+    A namespace: data, runs, full (that of them on the full set, or None), jobs [(encoder, its
+    weights, places in runs of those that it has to judge)].
     """
     for out, samples in places:
-        common.need(Path(samples).exists(),
-                    f"{samples}: no samples there; draw them with sample.py --out {out}")
+        need(Path(samples).exists(), f"{samples}: no samples there; draw them with sample.py --out "
+             f"{out}")
     if args.reference_stats:
         read_statistics(args.reference_stats)
     if data.images is None:
-        common.need(args.reference_stats,
-                    f"{data.folder}: holds latents only; give the statistics of its pixels with "
-                    "--reference-stats FILE.npz (mu and sigma, such as ADM's)")
+        need(args.reference_stats, f"{data.folder}: holds latents only; give the statistics of its "
+             "pixels with --reference-stats FILE.npz (mu and sigma, such as ADM's)")
         for name in args.encoder:
-            common.need(encoders.ENCODERS[name].size,
-                        f"{data.folder}: holds latents only, and encoder {name} needs its pixels; "
-                        "use --encoder inception")
-    inputs = SimpleNamespace(data=data, baseline=None, jobs=[])
+            need(encoders.ENCODERS[name].size, f"{data.folder}: holds latents only, and encoder "
+                 f"{name} needs its pixels; use --encoder inception")
+    inputs = SimpleNamespace(data=data, jobs=[])
     inputs.runs = [open_run(out, samples, data, args) for out, samples in places]
     inputs.full = next((run for run in inputs.runs if run.known and run.keep is None), None)
-    if inputs.full:
-        images = inputs.full.images
-        inputs.baseline = Selection(images, np.arange(min(len(images), args.audit_samples)))
+    # Weights are given in the order of the encoders, and the last may have none.
     weights_of = [*(args.encoder_weights or ()), *[None] * len(args.encoder)]
     for name, weights in zip(args.encoder, weights_of):
         todo = []
@@ -844,28 +859,24 @@ def parse_args(argv=None):
     p = common.Parser(__doc__, epilog="Encoders:\n" + encoders.describe())
     p.add_argument("--data", required=True,
                    help="data folder: the reference is its full training set")
-    p.add_argument("--runs", nargs="+", metavar="RUN", help="run folders with samples.npy; a run "
-                   "on the full set among them is the audit's baseline")
-    p.add_argument("--samples", help="instead of --runs: samples from anywhere, a .npy, .npz or a "
-                   "folder of pictures")
+    p.add_argument("--runs", nargs="+", metavar="RUN",
+                   help="run folders; the first on the full set is the audit's baseline")
+    p.add_argument("--samples", help="instead: a .npy, .npz or folder of pictures from anywhere")
     p.add_argument("--out", help="with --samples: folder to write to")
     p.add_argument("--encoder", nargs="+", default=["scratch"], choices=encoders.ENCODERS,
                    help="the judge, or several; the first does the audit")
     p.add_argument("--encoder-weights", nargs="+", metavar="PATH",
                    help="local weights, in the order of --encoder")
-    p.add_argument("--reference-stats", metavar="FILE.npz", help="take mu and sigma from there "
-                   "instead of the data folder (mu/sigma or m2/s2)")
+    p.add_argument("--reference-stats", metavar="FILE.npz",
+                   help="mu and sigma (or m2 and s2) to compare with, instead of the data folder's")
     p.add_argument("--reference-max", type=common.count, default=50_000,
                    help="most training images for neighbours, kernels and classes")
     p.add_argument("--num", type=common.count, help="use the first so many samples")
     p.add_argument("--bootstrap", type=common.number(int, low=0, high=10_000), default=0,
                    help="resamplings for an interval of the distance (it is biased upwards)")
-    p.add_argument("--no-audit", dest="audit", action="store_false",
-                   help="leave the memorisation audit out")
-    p.add_argument("--audit-samples", type=common.count, default=10_000,
-                   help="most samples in the audit")
-    p.add_argument("--trajectory", action="store_true",
-                   help="score every kept checkpoint of the runs instead")
+    p.add_argument("--no-audit", dest="audit", action="store_false", help="no memorisation audit")
+    p.add_argument("--audit-samples", type=common.count, default=10_000, help="most samples in it")
+    p.add_argument("--trajectory", action="store_true", help="score every kept checkpoint instead")
     p.add_argument("--trajectory-num", type=common.count,
                    help="samples per checkpoint; default: as many as the run drew")
     p.add_argument("--batch-size", type=common.batch_type, default=256,
@@ -873,6 +884,12 @@ def parse_args(argv=None):
     common.add_run_flags(p, overwrite="measure again what has been measured",
                          seed="of subsets, draws and resamplings")
     args = p.parse_args(argv)
+    check_flags(p, args)
+    return args
+
+
+def check_flags(p, args):
+    """Flags that contradict each other."""
     if bool(args.runs) == bool(args.samples) or bool(args.samples) != bool(args.out):
         p.error("give either --runs RUN ..., or --samples FILE with --out DIR")
     if args.trajectory and args.samples:
@@ -888,7 +905,6 @@ def parse_args(argv=None):
                     "its figures would pass for the run's; choose another folder")
     if len(args.encoder_weights or ()) > len(args.encoder):
         p.error("more --encoder-weights than --encoder")
-    return args
 
 
 @common.command
@@ -899,6 +915,7 @@ def main(argv=None):
     places = [(args.out, args.samples)]
     if args.runs:
         places = [(run, Path(run) / "samples.npy") for run in args.runs]
+    # Rank 0 alone holds the samples; the others learn which encoders to open.
     inputs = None
     if common.rank() == 0:
         inputs = load_inputs(args, data, places)
@@ -909,27 +926,28 @@ def main(argv=None):
         if args.reference_stats:
             read_statistics(args.reference_stats, enc.width)
         teams.append(Team(enc, args.batch_size, device))
+    # Runs that are measured already need no lock.
     busy = sorted({k for _, _, todo in jobs for k in todo})
     with contextlib.ExitStack() as claimed:
         start = time.time()
         for k in busy:
             claimed.enter_context(common.claim(places[k][0]))
         for team, (_, weights, todo) in zip(teams, jobs):
-            if common.rank():
-                team.follow()
-            else:
+            if common.rank() == 0:
                 measure(args, inputs, team, weights, [inputs.runs[k] for k in todo])
                 team.dismiss()
-        if common.rank() == 0:
-            for k in busy:
-                write_record(inputs.runs[k].out, data, round(time.time() - start, 3))
+            else:
+                team.follow()
+        for k in busy:
+            write_record(Path(places[k][0]), data, round(time.time() - start, 3))
 
 
 def write_record(out, data, seconds):
     """OUT/evaluate.args.json. It binds no flag: metrics.json keeps many ways of measuring apart."""
-    common.save_json(out / "evaluate.args.json", {
-        "args": {}, "inputs": {"data": data.info["sha256"]}, "seconds": seconds,
-        "provenance": common.provenance(), "spent": seconds})
+    if common.rank() == 0:
+        common.save_json(out / "evaluate.args.json", {
+            "args": {}, "inputs": {"data": data.info["sha256"]}, "seconds": seconds,
+            "provenance": common.provenance(), "spent": seconds})
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from types import SimpleNamespace
 import numpy as np
 
 import common
+from common import need
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ DRO = (("pruned-dro", "pruned", "DRO reweighting", "the same images unweighted")
 TRAINED_WITH = ("model", "process", "predict", "batch_size", "lr", "schedule", "warmup", "ema",
                 "label_drop", "dropout", "class_std", "grad_clip", "align", "flips", "amp")
 DRAWN_WITH = ("sampler", "steps", "cfg", "cfg_interval", "labels")
+SEED = re.compile(r"-seed\d+$")                            # the end of a folder's name
 WITHIN = 0.05                # how near to the full run's last distance counts as reached
 NUMBER = (int, float)
 MAYBE = (int, float, type(None))
@@ -65,33 +67,38 @@ def read_run(folder):
     folder = Path(folder)
     metrics = read_metrics(folder / "metrics.json", folder)
     train = read_training(folder / "train.args.json", folder)
+    # Samples, figures and weights must be of one state of the run.
     drawn = metrics["protocol"].get("checkpoint_step")
     stands = steps_of(train)
-    common.need(drawn in (None, stands),
-                f"{folder}: samples are of step {drawn}, the run stands at {stands}; draw and "
-                "evaluate again")
+    need(drawn in (None, stands), f"{folder}: samples are of step {drawn}, the run stands at "
+         f"{stands}; draw and evaluate again")
     file = folder / "samples.npy"
     samples = common.load_npy(file, "samples, uint8 (n, H, W, C)", (None,) * 4, "u")
-    common.need(metrics.get("samples_sha256") == common.sha256(file),
-                f"{folder / 'metrics.json'}: is of other samples than {file}; run evaluate.py on "
-                "this run again")
+    need(metrics.get("samples_sha256") == common.sha256(file),
+         f"{folder / 'metrics.json'}: is of other samples than {file}; run evaluate.py on this run "
+         "again")
     return SimpleNamespace(
-        folder=folder, name=re.sub(r"-seed\d+$", "", folder.name), metrics=metrics, train=train,
-        preparation=preparation(train, folder), samples=samples,
+        folder=folder,
+        name=SEED.sub("", folder.name),                    # that of all its seeds
+        metrics=metrics,
+        train=train,
+        preparation=preparation(train, folder),            # {what: seconds}
+        samples=samples,                                   # (n, H, W, C), a memory map
         trajectory=read_trajectory(folder / "trajectory.json"),
-        nearest=read_picture(folder / "nearest.png"))
+        nearest=read_picture(folder / "nearest.png"))      # (h, w[, 3]), or None
 
 
 def read_metrics(file, folder):
     """metrics.json, with all that every row of the report needs."""
-    common.need(file.is_file(), f"{file}: no such file; measure the run first: python evaluate.py "
-                                f"--runs {folder} --data DATA")
+    need(file.is_file(), f"{file}: no such file; measure the run first: python evaluate.py --runs "
+         f"{folder} --data DATA")
     metrics = common.load_json(file, "figures of evaluate.py", data=str, encoders=dict,
                                protocol=dict, provenance=dict)
+    # What follows need not have been measured: without pixels, without classes, without an audit.
     there(file, metrics, memorisation=(dict, type(None)))
     there(f"{file}: memorisation", metrics.get("memorisation") or {}, pixels=dict)
     measured = metrics["encoders"]
-    common.need(measured, f"{file}: encoders is empty: nothing was measured; run evaluate.py again")
+    need(measured, f"{file}: encoders is empty: nothing was measured; run evaluate.py again")
     for name, e in measured.items():
         part = f"{file}: encoders {name}"
         with common.reading(part, "row of figures"):
@@ -109,15 +116,15 @@ def there(path, value, **kinds):
 def read_training(file, folder):
     """train.args.json of a finished run."""
     train = common.record_of(folder, "train")
-    common.need(train and train.get("seconds") is not None,
-                f"{folder}: no finished train.args.json; the report compares complete runs, so "
-                "train this one to its end")
+    need(train and train.get("seconds") is not None,
+         f"{folder}: no finished train.args.json; the report compares complete runs, so train this "
+         "one to its end")
     common.fields(file, train, images_seen=int, images_kept=int, epochs=NUMBER,
                   train_seconds=NUMBER)
     common.fields(file, train["args"], data=str, model=str, process=str, batch_size=int, lr=NUMBER,
                   ema=NUMBER)
     batch = train["args"]["batch_size"]
-    common.need(batch > 0, f"{file}: a batch_size of {batch}; train the run again")
+    need(batch > 0, f"{file}: a batch_size of {batch}; train the run again")
     return train
 
 
@@ -127,8 +134,9 @@ def read_trajectory(file):
         return None
     what = "points of evaluate.py"
     made = common.load_json(file, what, encoder=str, name=str, points=list)
-    common.need(made["points"], f"{file}: points is empty; run evaluate.py --trajectory again")
+    need(made["points"], f"{file}: points is empty; run evaluate.py --trajectory again")
     with common.reading(file, what):
+        # The key says how the points were drawn; older files have none.
         there(file, made, key=dict)
         there(file, made.get("key", {}), settings=dict)
         for point in made["points"]:
@@ -155,6 +163,7 @@ def read_beside(files, own):
     for file in files:
         made = common.load_json(file, "a report.json of report.py", rows=dict, about=str,
                                 judge=str, setting=list)
+        # More of the same network and data would pass for a confirmation.
         if made["setting"] == own:
             common.log(f"{file}: the same network and data set as here, so no answer to whether it "
                        "holds elsewhere; left out")
@@ -163,9 +172,9 @@ def read_beside(files, own):
             part = f"{file}: row {name}"
             with common.reading(part, "row of figures"):
                 common.fields(part, row, fd=list, kept=list, steps=list)
-            numbers = [value for value in row["fd"] if isinstance(value, NUMBER)]
-            common.need(numbers and len(numbers) == len(row["fd"]),
-                        f"{part}: fd is no list of numbers; make that report again")
+            numbers = [value for value in row["fd"] if isinstance(value, NUMBER)]  # one per seed
+            need(numbers and len(numbers) == len(row["fd"]),
+                 f"{part}: fd is no list of numbers; make that report again")
         place = Path(file).resolve().parent.parent.name
         out[f"{made['about']}, {made['judge']} [{place}]"] = made["rows"]
     return out
@@ -182,12 +191,14 @@ def preparation(record, run="the run"):
     Features, scores, weights, attachments, and the training of every network that these used, each
     thing once. None: unknown. record: train.args.json.
     """
-    cost = {}                                                         # key: (what, seconds)
+    cost = {}                                              # {key: (what, seconds)}
     for step in common.upstream(record, run):
         what, known = cost.get(step.key, (step.what, 0.0))
-        # A checkpoint at the end of training contains those before it.
+        # Of two figures for one thing the larger counts: a checkpoint at the end of training
+        # contains those before it.
         unknown = step.seconds is None or known is None
         cost[step.key] = what, None if unknown else max(step.seconds, known)
+    # Several things may be of one kind, as the kept sets of two calls of prune.py.
     out = {}
     for what, seconds in cost.values():
         before = out.get(what, 0)
@@ -208,6 +219,7 @@ def seeds_of_one_run(runs):
             continue
         mine = recipe(a)
         theirs = recipe(b)
+        # One training that counts twice would make the spread too small.
         seed = a.train["args"].get("seed")
         faults = [f"differ in {key}" for key in mine if mine[key] != theirs[key]]
         if seed == b.train["args"].get("seed"):
@@ -232,11 +244,11 @@ def comparable(runs, judge):
     need_equal(runs, "data sets", [r.metrics["data"] for r in runs], "one report per data set")
     need_equal(runs, "versions of the data set", [r.metrics.get("data_sha256") for r in runs],
                "evaluate all runs on one data folder")
+    # A run that was not measured under the judge has no row.
     for r in runs:
-        common.need(judge in r.metrics["encoders"],
-                    f"{r.folder}: no figures under encoder {judge}; run evaluate.py --runs "
-                    f"{r.folder} --encoder {judge}")
-    judged = [r.metrics["encoders"][judge] for r in runs]
+        need(judge in r.metrics["encoders"], f"{r.folder}: no figures under encoder {judge}; run "
+             f"evaluate.py --runs {r.folder} --encoder {judge}")
+    judged = [r.metrics["encoders"][judge] for r in runs]     # one row of figures a run
     need_equal(runs, "networks", [e["identity"] for e in judged],
                "run evaluate.py for all of them again, with the same weights")
     need_equal(runs, "references", [e["reference"] for e in judged],
@@ -249,15 +261,15 @@ def comparable(runs, judge):
 
 def need_equal(runs, what, values, remedy):
     for run, value in zip(runs, values):
-        common.need(value == values[0],
-                    f"{runs[0].folder} and {run.folder} were measured on different {what} "
-                    f"({values[0]}, {value}); {remedy}")
+        need(value == values[0], f"{runs[0].folder} and {run.folder} were measured on different "
+             f"{what} ({values[0]}, {value}); {remedy}")
 
 
 def differing(runs, what, settings, keys):
     """A line for each key in which the settings (a dict per run) differ."""
     lines = []
     for key in keys:
+        # As JSON, for a list is no key of a dict.
         got = {json.dumps(s.get(key)): run.name for run, s in zip(runs, settings)}
         if len(got) > 1:
             values = ", ".join(f"{value} ({name}, ...)" for value, name in got.items())
@@ -281,22 +293,25 @@ def use_trajectories(runs, judge):
             for point in made["points"]:
                 seconds = common.device_seconds(run.train, point["seconds"])
                 run.trajectory.append({**point, "seconds": seconds})
+    # A distance depends on n, so curves of two n are not two curves of one figure.
     numbers = {point["n"] for run in runs for point in run.trajectory}
-    common.need(len(numbers) < 2, f"{runs[0].folder / 'trajectory.json'} and others hold points at "
-                                  "different n; run evaluate.py --trajectory for all with one "
-                                  "--trajectory-num")
+    need(len(numbers) < 2, f"{runs[0].folder / 'trajectory.json'} and others hold points at "
+         "different n; run evaluate.py --trajectory for all with one --trajectory-num")
     return notes
 
 
 def fault_of_trajectory(run, made, judge):
     """Why the points are not of this run under this judge, or ""."""
     again = "left out; run evaluate.py --trajectory again"
+    # Points of another judge are another figure.
     if made["encoder"] != run.metrics["encoders"][judge]["identity"]:
         return f"was scored by {made['name']}, not by this report's judge {judge}: left out"
     end = made["points"][-1]["step"]
     stands = steps_of(run.train)
+    # The run was prolonged since, or its trajectory broken off.
     if end != stands:
         return f"ends at step {end:,}, the run at {stands:,}: {again}"
+    # The samples were drawn again with other settings.
     for key, value in made.get("key", {}).get("settings", {}).items():
         if run.metrics["protocol"].get(key) != value:
             return f"was drawn with another {key} than the samples: {again}"
@@ -323,6 +338,7 @@ def figures_of(run, judge):
     memo = audit.get("pixels", {})
     share = {name: figure.get("share") for name, figure in memo.items()}
     ratio = {name: figure.get("ratio", {}).get("share") for name, figure in memo.items()}
+    # Every figure that a later report may want to read from report.json.
     return {
         "kept": train["images_kept"], "steps": steps_of(train), "epochs": train["epochs"],
         "images_seen": train["images_seen"],
@@ -342,7 +358,7 @@ def figures_of(run, judge):
 
 def averaged(runs, name):
     """The trajectory of a run, averaged over its seeds at the steps that all of them have."""
-    seeds = [{point["step"]: point for point in run.trajectory}
+    seeds = [{point["step"]: point for point in run.trajectory}         # {step: point} of each
              for run in runs if run.name == name and run.trajectory]
     steps = sorted(set.intersection(*map(set, seeds))) if seeds else []
     path = []
@@ -355,15 +371,17 @@ def averaged(runs, name):
 
 
 def reach(runs):
-    """{run name: (the first point at which it is as good as the full run at its end, or None; its
-    best point)}, of trajectories averaged over seeds; {} without one of the full run.
+    """When each run is as good as the full run at its end: {run name: (first such point, best)}.
 
-    Checkpoints are the resolution: a run got there somewhere in the interval before the point.
+    Points of trajectories averaged over seeds; the first is None where a run never gets there, and
+    without a trajectory of the full run there is nothing. Checkpoints are the resolution: a run got
+    there somewhere in the interval before the point.
     """
     paths = {run.name: averaged(runs, run.name) for run in runs if run.trajectory}
     paths = {name: path for name, path in paths.items() if path}
     if FULL not in paths:
         return {}
+    # The full run reaches itself, though a seed of it may end above the mean.
     goal = (1 + WITHIN) * paths[FULL][-1]["fd"]
     reached = {}
     for name, path in paths.items():
@@ -403,19 +421,20 @@ def percent(x, form=".0%"):
 
 
 def difference(a, b):
-    """(relative change of the mean from b to a, half the 95 % interval of it or None, number of
-    seeds, whether the change counts).
+    """(change of the mean from b to a, half its 95 % interval, number of seeds, whether it counts).
 
-    Welch's t test: with 3 seeds the factor is 2.8 to 4.3 standard errors, not 2. Runs of one seed
-    share noise, which is left unused.
+    Both relative to b; the interval of one seed is None. Welch's t test: with 3 seeds the factor is
+    2.8 to 4.3 standard errors, not 2. Runs of one seed share noise, which is left unused.
     """
     from scipy.stats import t as student
     a = [v for v in a if v is not None]
     b = [v for v in b if v is not None]
-    n = min(len(a), len(b))
+    n = min(len(a), len(b))                                # seeds
     change = mean(a) / mean(b) - 1 if mean(b) else math.inf
     if n < 2:
         return change, None, n, False
+    # Variances of the two means, and the degrees of freedom that Welch and Satterthwaite give
+    # their sum; equal values in both have none.
     va = spread(a) ** 2 / len(a)
     vb = spread(b) ** 2 / len(b)
     freedom = 1
@@ -439,6 +458,7 @@ def compare(a, b, who, whom, what="FD", at="at equal steps"):
     way = "lower" if change < 0 else "higher"
     if n < 2:
         return f"{who} has {size} {way} {what} than {whom} {at}; one seed, so no claim"
+    # Beyond the spread alone there is a winner.
     if not counts:
         return (f"No difference beyond the spread between {who} and {whom}: {what} {size} {way} "
                 f"{at}, n={n}, spread {percent(error)}")
@@ -450,6 +470,7 @@ def versus(t, run, rival, who, whom, what="FD", key="fd"):
     """compare() on two rows of the table, which may not have trained for the same steps."""
     a = t[run]
     b = t[rival]
+    # The sentence says so where the budgets differ.
     at = "at equal steps"
     if set(a["steps"]) != set(b["steps"]):
         at = f"at {a['steps'][0]:,} steps against {b['steps'][0]:,}"
@@ -458,6 +479,7 @@ def versus(t, run, rival, who, whom, what="FD", key="fd"):
 
 def family(name):
     """'pruned' for 'pruned-0.4': the run's name without its budget."""
+    # A share may be written 0.4, .4 or 5e-2.
     return re.sub(r"-(\d+\.?\d*|\.\d+)(e-?\d+)?$", "", name)
 
 
@@ -467,6 +489,7 @@ def title(run, roles=("selected",)):
     budget = run[len(name):].replace("-", " ")
     if name in RUNS and RUNS[name].role in roles:
         return RUNS[name].title + budget
+    # A further score of run_all.sh, by its name.
     if name not in RUNS and name.startswith("pruned-"):
         score = name.removeprefix("pruned-")
         return f"{RUNS['pruned'].title} ({score}){budget}"
@@ -478,6 +501,7 @@ def rival_of(t, run, families=None):
 
     A subset is compared at its own size only.
     """
+    # D2C may keep another number than pruning, and then has a random row of its own.
     if families is None:
         families = [name for name, kind in RUNS.items() if kind.role == "random"]
     for name, row in t.items():
@@ -538,6 +562,7 @@ def answer_memorising(t):
     for name, row in t.items():
         if mean(row["memo"]) is None:
             continue
+        # A model of the full set has no held-out control: those images are its pool.
         of_full_set = mean(row["memo_heldout"]) is None
         said.append(against_heldout(name, row) if of_full_set else against_unseen(name, row))
     return said
@@ -555,10 +580,12 @@ def against_heldout(name, row):
 
 
 def verdict_on_full(m, noise, error):
-    """noise is what a perfect copier scores, and not 1: see models.memorisation.matched_set_test."""
+    """noise is what a perfect copier scores, and not 1: see matched_set_test."""
     gap = noise - 0.5
+    # Even a perfect copier would not stand out.
     if gap < 2 * error:
         return "has too few held-out images or samples to tell"
+    # Most of the way to that copier, and beyond chance.
     if m > 0.5 + max(0.8 * gap, 2 * error):
         return "copies"
     if m > 0.5 + max(gap / 4, 1.5 * error):
@@ -569,6 +596,7 @@ def verdict_on_full(m, noise, error):
 def against_unseen(name, row):
     """A sentence on a model of a subset, for which other training images are the unseen ones."""
     m = mean(row["memo"])
+    # Controls: images and samples that are no copies, whatever they score.
     held, alike, base = (mean(row[f"memo_{key}"]) for key in ("heldout", "alike", "baseline"))
     noise = mean(row["memo_noise"])
     # Two standard errors of a share near one half; seeds share the held-out images.
@@ -586,10 +614,14 @@ def against_unseen(name, row):
 def verdict_on_subset(m, held, alike, base, noise, chance):
     """The zero is what images score that are no copies, by the highest of the controls."""
     zero = max(v for v in (held, base, alike) if v is not None)
+    # Copies must score visibly more than what is no copy.
     if noise < zero + 0.2:
         return "cannot be judged, images that are no copies score almost what copies do"
+    # Held-out images of the same kind should score one half; the full model's samples tell
+    # where a subset is nearer to everything.
     if abs(held - 0.5) > 0.1 and base is None:
         return "cannot be judged, its controls are off"
+    # Nearer to what copies score than to what others do.
     if m > (zero + noise) / 2:
         return "copies"
     if m > zero + max(0.1, chance):
@@ -612,6 +644,7 @@ def answer_cost(t, reached):
     said = []
     for name, row in t.items():
         cost = prepared(row)
+        # None: unknown; 0: the full run and whatever needs nothing before it.
         if cost is None:
             said.append(f"{name}: a file it was prepared with has no record of how it was made, so "
                         "its preparation is unknown")
@@ -624,7 +657,7 @@ def answer_cost(t, reached):
 
 
 def reached_in_words(name, cost, reached):
-    point, best = reached[name]
+    point, best = reached[name]                            # the first within reach, the best
     if point is None:
         return (f"{name}: the full run's final FD (within 5 %) was not reached; its best is "
                 f"{best['fd']:.3g} after {best['step']:,} steps (n={best['n']:,})")
@@ -633,6 +666,7 @@ def reached_in_words(name, cost, reached):
             f"{point['seconds']:,.0f} s")
     if name == FULL:
         return said
+    # Against the moment at which the full run itself came within reach.
     goal = reached[FULL][0]["seconds"]
     said += f" (speed-up {goal / max(point['seconds'], 1e-9):.2f}x"
     if cost is not None:
@@ -652,6 +686,7 @@ def answer_elsewhere(t, setting, others):
     from scipy.stats import spearmanr
     said = []
     mine = above_random(t)
+    # {report: {run: (title, change, what it counts)}}
     theirs = {name: above_random(table) for name, table in others.items()}
     for run, (who, change, counts) in mine.items():
         figures = [f"{percent(change, '+.0%')} here{counts}"]
@@ -684,6 +719,7 @@ def above_random(t):
         if not who or not rival or set(t[run]["steps"]) != set(t[rival]["steps"]):
             continue
         change, _, n, counts = difference(t[run]["fd"], t[rival]["fd"])
+        # A change that lies within the spread is given all the same, and marked.
         note = "one seed"
         if counts:
             note = f"n={n}"
@@ -712,6 +748,7 @@ def label_of(t, name):
 
 def frontier(runs, t, judge, path):
     """FD against cost, along the trajectories, or at the runs' ends where there are none."""
+    # Runs that have points, in the order of the table.
     followed = [name for name in t if any(run.trajectory for run in runs if run.name == name)]
     fig = frontier_curves(runs, t, followed) if followed else frontier_ends(t)
     fig.axes[0].set(ylabel=f"{judge}, lower is better")
@@ -725,7 +762,8 @@ def frontier_curves(runs, t, followed):
     for ax, key, label in ((left, "step", "steps"), (middle, "images_seen", "images seen"),
                            (right, "seconds", "seconds of training + preparation")):
         for name in followed:
-            x, fd, low, high = curve(runs, name, key)
+            x, fd, low, high = curve(runs, name, key)                 # (steps,) each
+            # The clock of a run starts with its preparation.
             if key == "seconds":
                 x = x + (prepared(t[name]) or 0)
             style = look(t, name)
@@ -754,6 +792,7 @@ def plain_log(ax):
     """A logarithmic y axis with plain numbers."""
     from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
     ax.set_yscale("log")
+    # Decades alone would leave a narrow range without a number.
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     ax.yaxis.set_major_formatter(FormatStrFormatter("%g"))
     ax.yaxis.set_minor_formatter(NullFormatter())
@@ -770,6 +809,7 @@ def frontier_ends(t):
         dot = style | dict(ls="none")
         ax.errorbar([x], [fd], yerr=spread(row["fd"]), capsize=3, label=label_of(t, name), ms=7,
                     **dot)
+        # Two points joined by a dotted line.
         cost = prepared(row)
         if cost:
             ax.plot([x, x + cost], [fd, fd], color=style["color"], ls=":", lw=1)
@@ -793,6 +833,7 @@ def per_class(runs, t, judge, path, most=20):
             seeds.setdefault(run.name, []).append(figures["per_class"])
     if not seeds:
         return False
+    # Real images are the same for all runs: the first row's are drawn.
     real = next(iter(seeds.values()))[0]
     K = len(real["fd"])
     shown = min(K, most)
@@ -816,7 +857,8 @@ def per_class(runs, t, judge, path, most=20):
 
 
 def first_seeds(runs):
-    return [run for run in runs if not re.search(r"-seed\d+$", run.folder.name)]
+    """The runs without their repetitions."""
+    return [run for run in runs if not SEED.search(run.folder.name)]
 
 
 def sample_sheet(runs, path, columns=20):
@@ -824,6 +866,7 @@ def sample_sheet(runs, path, columns=20):
     strips = []
     for run in first_seeds(runs):
         x = run.samples[:columns]
+        # A white pixel between neighbours.
         framed = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
         strips.append((run.name, np.concatenate(framed, axis=1).squeeze()))          # (H, n W[, C])
     sheet(strips, path, 0.72)
@@ -849,6 +892,7 @@ def sheet(strips, path, height, **how):
 
 def draw_all(runs, t, distance, judge, out):
     """The pictures, each in a file of its own: [(file name, caption)]."""
+    # Points of a trajectory may be of fewer samples than the table.
     at = next((f", {p['n']:,} samples a point" for run in runs for p in run.trajectory), "")
     drawn = [("frontier.png", f"Quality against cost: lower and further left is better{at}"),
              ("samples.png", "Samples, the same label and start noise in each column")]
@@ -883,6 +927,7 @@ def main_table(t):
 
 def cells_of(row):
     """{column: text} of one row of the table."""
+    # A mean over seeds of which one is unknown is unknown.
     preparing = "?"
     if prepared(row) is not None:
         preparing = cell(row["preparation"], "{:,.0f}")
@@ -917,6 +962,7 @@ def yardstick(e, name):
 def legend(t, e, name):
     """What the columns mean."""
     heldout = mean([v for row in t.values() for v in row["memo_heldout"]])
+    # Not of the full run: its noisy copies have another ceiling.
     noise = mean([v for run, row in t.items() if run != FULL for v in row["memo_noise"]])
     controls = ""
     if heldout is not None and noise is not None:
@@ -949,8 +995,10 @@ def warnings(runs, judge):
         lines += [f"> **Warning.** The judge, {judge}, also selected the images of, or was the "
                   f"alignment target of: {names}. Do not trust these rows under it: measure with a "
                   "second encoder and compare.", ""]
+    # Not every run need have been measured under each of them.
     others = {name for run in runs for name in run.metrics["encoders"]} - {judge}
     for other in sorted(others):
+        # {run name: [distance of each seed]}
         got = {}
         for run in runs:
             if other in run.metrics["encoders"]:
@@ -993,6 +1041,7 @@ def answers(runs, t, reached, others):
 
 def costs(runs):
     """{run name: what its preparation cost} as a table, that of the last seed."""
+    # Seeds share their preparation, or differ in it by chance: the last one's is shown.
     cost = {run.name: run.preparation for run in runs if run.preparation}
     if not cost:
         return []
@@ -1006,7 +1055,8 @@ def costs(runs):
 def protocol(run, e):
     drawn = run.metrics["protocol"].get
     args = run.train["args"]
-    figures = ("no figure that needs single training images: the data folder holds latents only. ")
+    # Without pixels nothing was compared with single images.
+    figures = "no figure that needs single training images: the data folder holds latents only. "
     if "kid" in e:
         figures = (f"precision/recall k={e.get('precision_k')}, density/coverage "
                    f"k={e.get('density_k')}, n={e.get('neighbours_n')}; KID subsets of "
@@ -1055,12 +1105,11 @@ def main(argv=None):
     out = Path(args.out)
     common.free_for_output(out)
     twice = common.named_twice(args.runs)
-    common.need(not twice, f"{twice}: is named twice, and would count as two seeds; name each run "
-                           "once")
+    need(not twice, f"{twice}: is named twice, and would count as two seeds; name each run once")
     for run in args.runs:
-        common.need(Path(run).resolve() != out.resolve(),
-                    f"{out}: is the run {run}, whose nearest.png the report's would replace; "
-                    "choose another --out")
+        need(Path(run).resolve() != out.resolve(),
+             f"{out}: is the run {run}, whose nearest.png the report's would replace; choose "
+             "another --out")
     runs = [read_run(run) for run in args.runs]
     others = read_beside(args.beside, setting_of(runs))
     judge = args.encoder or next(iter(runs[0].metrics["encoders"]))

@@ -72,6 +72,7 @@ def claim(out):
                         "--out")
     except OSError:
         log(f"note: {out} lies on a file system without locks; see to it that one process writes")
+    sweep(out)
     try:
         yield
     finally:
@@ -201,7 +202,6 @@ class Stage:
     def begin(self):
         """What another call left goes, and the record of this one stands."""
         if rank() == 0:
-            sweep(self.out)
             if not self.resuming:
                 # The record goes first: killed from here on, what is left no longer counts as ours.
                 self.file.unlink(missing_ok=True)
