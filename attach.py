@@ -428,6 +428,7 @@ def main(argv=None):
             figures.update(subset_distance(args, inputs, keep, stage.out))
         if inputs.visual:
             figures.update(attach_visual(args, inputs, keep, stage.out))
+        figures["looked_at"] = "difficulty" if args.select in RANKED else "nothing"
         stage.finish(**figures)
 
 

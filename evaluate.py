@@ -931,7 +931,10 @@ def main(argv=None):
     with contextlib.ExitStack() as claimed:
         start = time.time()
         for k in busy:
-            claimed.enter_context(common.claim(places[k][0]))
+            out = Path(places[k][0])
+            claimed.enter_context(common.claim(out))
+            if common.rank() == 0:
+                common.sweep(out)
         for team, (_, weights, todo) in zip(teams, jobs):
             if common.rank() == 0:
                 measure(args, inputs, team, weights, [inputs.runs[k] for k in todo])

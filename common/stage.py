@@ -72,7 +72,6 @@ def claim(out):
                         "--out")
     except OSError:
         log(f"note: {out} lies on a file system without locks; see to it that one process writes")
-    sweep(out)
     try:
         yield
     finally:
@@ -202,6 +201,7 @@ class Stage:
     def begin(self):
         """What another call left goes, and the record of this one stands."""
         if rank() == 0:
+            sweep(self.out)
             if not self.resuming:
                 # The record goes first: killed from here on, what is left no longer counts as ours.
                 self.file.unlink(missing_ok=True)
@@ -367,10 +367,10 @@ def noted_seconds(note):
 
 
 # -------------------------------------------------------------------------- what came before a run
-# What a call of prune.py looked at, for records older than their own `looked_at`; every other score
-# looked at features.
+# What a call of prune.py and of attach.py chose by, for records older than their `looked_at`. Other
+# scores look at features, other selections at a difficulty.
 OLD_SCORES = {"random": "nothing", "el2n": "labels", "ccs": "labels", None: "scores"}
-BY_DIFFICULTY = ("interval", "easy", "medium", "hard")                 # the --select that read one
+OLD_SELECTIONS = {"random": "nothing", "all": "nothing", None: "nothing"}
 
 
 @dataclass(frozen=True)
@@ -452,9 +452,7 @@ class Upstream:
         if (here, what) in self.visited:
             return
         self.visited.add((here, what))
-        prune = self.made(folder, "prune")
-        reweight = self.made(folder, "reweight")
-        attach = self.made(folder, "attach")
+        prune, reweight, attach = (self.made(folder, s) for s in ("prune", "reweight", "attach"))
         if prune:
             yield from self.pruned(prune, here, what, role)
         if reweight:
@@ -462,19 +460,19 @@ class Upstream:
         if attach:
             yield from self.attached(attach, here, what, role, path.name == "difficulty.npy")
         if not (prune or reweight or attach):
+            # A file of the user's own.
             yield Step(f"{what} ({path})", "", role, (path.resolve(), ""), seconds=None)
 
     def pruned(self, made, here, what, role):
         args = made["args"]
-        old = OLD_SCORES.get(args.get("score"), "features")
-        looked_at = made.get("looked_at", old)
+        looked_at = made.get("looked_at", OLD_SCORES.get(args.get("score"), "features"))
         given = args.get("features")                       # made by another call
         extracted = made.get("seconds_features") or 0
         scored = made.get("seconds_scores") or 0
         if what == "features":
             scored = 0
         elif given and looked_at != "features":
-            extracted = 0
+            extracted = 0                                  # the score does not look at them
         elif given and extracted and not record_of(Path(given).parent, "prune"):
             self.file(given)                               # prune.py read the seconds beside it
         elif given:
@@ -504,8 +502,9 @@ class Upstream:
     def attached(self, made, here, what, role, scores_alone):
         """scores_alone: nothing of that call is used but its difficulty.npy."""
         args = made["args"]
+        old = OLD_SELECTIONS.get(args.get("select"), "difficulty")
         origin = args.get("difficulty")                    # scored by an earlier call
-        if scores_alone or args.get("select") in BY_DIFFICULTY:
+        if scores_alone or made.get("looked_at", old) == "difficulty":
             home = Path(origin).parent.resolve() if origin else here
             encoder = "" if origin else "ddae"
             seconds = made.get("seconds_difficulty") or 0
@@ -528,9 +527,9 @@ class Upstream:
         seconds = (made.get("seconds_text") or 0) + (made.get("seconds_visual") or 0)
         if encoder or seconds:
             yield Step("attachments", "attach", "aligned", (here, "attachments"), encoder, seconds)
-        weights = args.get("visual_weights") or args.get("reference")      # ddae reads one of them
-        if encoder == "scratch":
-            weights = args.get("visual_weights")
+        weights = args.get("visual_weights")
+        if encoder == "ddae":
+            weights = weights or args.get("reference")
         yield from self.encoder(encoder, weights, "visual encoder", "aligned")
 
     def encoder(self, name, weights, what, role):

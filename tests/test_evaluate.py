@@ -367,6 +367,18 @@ def test_judges_are_followed_through_files_used_again(tmp_path):
     assert used("drawn") == {"ddae"} and used("drawn", False) == set()
 
 
+def test_what_a_record_says_goes_before_the_name_of_a_score(tmp_path):
+    """A score or a selection that is not known here is judged by the `looked_at` that its stage wrote."""
+    def made(name, script, looked_at, **args):
+        (tmp_path / name).mkdir()
+        common.save_json(tmp_path / name / f"{script}.args.json", {"args": args, "seconds": 1, "looked_at": looked_at})
+        return judges_used(tmp_path / name, aligned=False)
+    for looked_at, used in (("features", {"inception"}), ("labels", {"scratch"}), ("nothing", set()), ("scores", set())):
+        assert made(f"a-{looked_at}", "prune", looked_at, score="new", surrogate="inception") == used
+        assert made(f"b-{looked_at}", "prune", looked_at, score="random", surrogate="inception") == used
+    assert made("c", "attach", "difficulty", select="new", reference="r.pt") == {"ddae"} and made("d", "attach", "nothing", select="hard", reference="r.pt") == set()
+
+
 def test_a_run_on_the_kept_set_of_attach_alone_is_not_aligned(world):
     (world / "attach").mkdir()
     shutil.copy(world / "keep.npy", world / "attach" / "keep.npy")

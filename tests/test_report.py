@@ -464,6 +464,33 @@ def test_seconds_count_every_process():
     assert common.device_seconds(None, 2.5) == 2.5 and common.device_seconds({"provenance": {"processes": 8}}, None) is None
 
 
+def test_upstream_names_each_step_with_its_role(prepared, tmp_path):
+    """Who chose, who weighted, to whom it is aligned and what it started from; without a name for the run only records are read."""
+    args = dict(data=str(tmp_path / "data"), indices=str(tmp_path / "ddae/prune/keep.npy"), weights=str(tmp_path / "dro/reweight/weights.npy"),
+                attach=str(tmp_path / "sattach/attach"), init=str(tmp_path / "nothing/last.pt"))
+    steps = list(common.upstream({"args": args}))
+    assert [(s.what, s.script, s.role, s.encoder) for s in steps] == [
+        ("features and scores", "prune", "chose", "ddae"), ("surrogate network (full)", "train", "chose", ""), ("DRO proxy", "reweight", "weighted", ""),
+        ("reference network (full)", "train", "weighted", ""), ("difficulty", "attach", "chose", "ddae"), ("scorer network (full)", "train", "chose", ""),
+        ("attachments", "attach", "aligned", "scratch"), ("scratch network", "", "aligned", ""), ("start weights (nothing)", "train", "started", "")]
+    assert len({s.key for s in steps if s.what.endswith("(full)")}) == 1                     # one network, trained once
+    with pytest.raises(common.UserError, match="nothing/last.pt"):
+        list(common.upstream({"args": args}, "mine"))
+
+
+def test_run_all_asks_for_the_names_of_runs(capsys):
+    with pytest.raises(SystemExit) as stop:
+        report.main(["--list", "runs"])
+    names = capsys.readouterr().out.split()
+    assert stop.value.code == 0 and {*SEVEN, "pruned-dro-resample"} == set(names) and set(names) < set(report.RUNS)
+
+
+def test_an_audit_that_one_seed_lacks_is_that_of_the_others():
+    row = dict(memo=[0.8, None], memo_heldout=[0.5, None], memo_baseline=[0.5, None], memo_noise=[1.0, None], memo_n=[1000, None], memo_side=[297, None])
+    answer, = report.answer_memorising(table(pruned=row))
+    assert answer.startswith("pruned copies: 0.80")
+
+
 def test_titles_of_runs():
     assert report.title("pruned-0.4") == "Pruning 0.4" and report.title("pruned-moderate-0.4") == "Pruning (moderate) 0.4" and report.title("pruned-moderate") == "Pruning (moderate)"
     assert report.title("pruned-dro-0.1") == "Pruning + DRO weights 0.1" and report.title("random-0.4") is None and report.title("full") is None
@@ -527,7 +554,7 @@ def test_scores_without_features_are_not_charged_with_them(tmp_path):
     for score, want in (("el2n", {"features and scores": 3.0}), ("moderate", {"features and scores": 7.0 + 3.0, "surrogate network (full)": 500.0})):
         folder = tmp_path / score
         write(folder / "prune.args.json", {"args": dict(score=score, features=str(tmp_path / "a/features.npy"), data="d"), "seconds": 4.0,
-                                           "seconds_features": 7.0 if score == "moderate" else 0, "seconds_scores": 3.0})
+                                           "seconds_features": 7.0, "seconds_scores": 3.0})
         (folder / "keep.npy").touch()
         got = report.preparation({"args": dict(data="d", indices=str(folder / "keep.npy"))})
         assert got == want, (score, got)
