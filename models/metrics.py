@@ -9,8 +9,6 @@ encoder: a Frechet distance is called FID only on pytorch-fid's Inception featur
     from models.metrics import gaussian_stats, frechet_distance
     fd = frechet_distance(*gaussian_stats(samples), *gaussian_stats(reference))
 """
-import math
-
 import numpy as np
 import torch
 
@@ -260,6 +258,8 @@ def knn(x, y, k, exclude_self=False, chunk=2048, device=None):
     candidates = min(k + 16, others)
     dist = np.empty((n, k))
     index = np.empty((n, k), np.int64)
+    best_d = None
+    best_c = None
     for i, j, d2, _ in _blocks(x, y, device, chunk):
         if exclude_self and i == j:
             # x and y are cut alike, so self pairs are the diagonals of the diagonal blocks.
