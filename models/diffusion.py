@@ -71,6 +71,7 @@ class DDPM:
         """
         if i < 0:
             return 1.0, 0.0
+        # Between the indices `low` and `high`, of which a process of one step has but one.
         low = max(min(int(i), self.T - 2), 0)
         high = min(low + 1, self.T - 1)
         w = i - low
@@ -130,7 +131,7 @@ def guided(model, process, y, cfg=1.0, interval=(0.0, 1.0)):
     Ho & Salimans 2022, within an interval of u in [0, 1] (Kynkaanniemi 2024). One forward of 2n
     samples where guidance acts, n elsewhere: w = 1 needs no null pass.
     """
-    null = torch.full_like(y, model.num_classes)
+    null = torch.full_like(y, model.num_classes)  # the label K
 
     def f(x, t):
         times = torch.full((len(x),), float(t), device=x.device)
@@ -139,7 +140,7 @@ def guided(model, process, y, cfg=1.0, interval=(0.0, 1.0)):
             return model(x.float(), times, y).to(x.dtype)
         twice = x.float().repeat(2, 1, 1, 1)  # (2 n, C, H, W)
         out = model(twice, times.repeat(2), torch.cat([y, null])).to(x.dtype)
-        cond, uncond = out.chunk(2)
+        cond, uncond = out.chunk(2)           # (n, C, H, W) each
         return uncond + cfg * (cond - uncond)
 
     return f
@@ -191,7 +192,7 @@ def ddim(f, x, process, steps, noise=None, eta=0.0, clip_x0=True):
         a, s = process.alpha_sigma(i)
         a_, s_ = process.alpha_sigma(j)
         x0, eps = denoise(f, x, process, i, clip_x0)
-        sigma = eta * (s_ / s) * math.sqrt(1 - (a / a_) ** 2)
+        sigma = eta * (s_ / s) * math.sqrt(1 - (a / a_) ** 2)  # Eq. 16
         x = a_ * x0 + math.sqrt(max(s_**2 - sigma**2, 0)) * eps
         if sigma > 0:
             x = x + sigma * noise(x)
@@ -233,6 +234,7 @@ def dpm_solver_pp_2m(f, x, process, steps, noise=None, clip_x0=True):
 def solve(fn, value, high):
     """The index in [0, high] where the decreasing function fn takes `value`, by bisection."""
     low = 0.0
+    # 60 halvings leave nothing of a range of 1000 in float64.
     for _ in range(60):
         middle = (low + high) / 2
         if fn(middle) > value:
@@ -247,7 +249,7 @@ def euler(f, x, process, steps, noise=None):
     """First-order ODE steps on t = linspace(1, 0)."""
     x = x.double()
     for k in range(steps):
-        x = x - f(x, 1 - k / steps) / steps
+        x = x - f(x, 1 - k / steps) / steps  # dt = -1 / steps
     return x
 
 
@@ -257,8 +259,9 @@ def heun(f, x, process, steps, noise=None):
     h = 1 / steps
     for k in range(steps):
         t = 1 - k * h
-        d = f(x, t)
-        d_ = f(x - h * d, max(t - h, 0.0))  # the slope at the end of Euler's step
+        d = f(x, t)  # the slope here
+        # And at the end of Euler's step; rounding must not take its time below 0.
+        d_ = f(x - h * d, max(t - h, 0.0))
         x = x - h / 2 * (d + d_)
     return x
 
@@ -272,6 +275,7 @@ def euler_maruyama(f, x, process, steps, noise, last=0.04):
     times = torch.linspace(1, last, steps, dtype=torch.float64).tolist() + [0.0]
     for k, (t, t_) in enumerate(zip(times[:-1], times[1:])):
         v = f(x, t)
+        # The drift is v + eps^, with eps^ = x + (1 - t) v.
         x = x + (v + x + (1 - t) * v) * (t_ - t)
         if k < steps - 1:
             x = x + math.sqrt(2 * t * (t - t_)) * noise(x)

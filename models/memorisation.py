@@ -56,6 +56,7 @@ def matched_set_test(samples, subset, subset_labels, pool, pool_labels, draws=20
             seen, _ = nearest(samples, _drawn(subset, in_subset, sizes, rng), device)
         if unseen is None or sum(sizes) < len(pool):
             unseen, _ = nearest(samples, _drawn(pool, in_pool, sizes, rng), device)
+        # An image that lies in both sides counts half.
         tie = np.abs(seen - unseen) <= TIE * np.maximum(seen, unseen)
         shares.append(np.mean(np.where(tie, 0.5, seen < unseen)))
     return dict(share=float(np.mean(shares)), spread=float(np.std(shares)), n=sum(sizes))
@@ -70,7 +71,7 @@ def _drawn(a, rows, sizes, rng):
         if len(mine) > size:
             mine = rng.choice(mine, size, replace=False)
         picks.append(mine)
-    picks = np.sort(np.concatenate(picks))
+    picks = np.sort(np.concatenate(picks))  # (n,), kinder to a memory map
     if torch.is_tensor(a):
         picks = torch.as_tensor(picks, device=a.device)
     return a[picks]
@@ -91,6 +92,7 @@ def most_alike(z, labels, kept, kept_labels, ref, ref_labels, share):
         if len(rows) > 1:
             mu, sigma = gaussian_stats(ref, index=rows)
             D = len(sigma)
+            # Fewer images than columns leave a covariance without an inverse.
             ridge = 1e-3 * np.trace(sigma) / D + 1e-12
             white[c] = (mu, np.linalg.cholesky(sigma + ridge * np.eye(D)))
 
@@ -99,16 +101,16 @@ def most_alike(z, labels, kept, kept_labels, ref, ref_labels, share):
         x = np.asarray(features[np.flatnonzero(of == c)], np.float64)
         return np.linalg.solve(L, (x - mu).T).T  # (n of class c, D)
 
-    own = [whitened(kept, kept_labels, c) for c in white]
+    own = [whitened(kept, kept_labels, c) for c in white]  # [(m_c, D)]
     if sum(map(len, own)) < 2:
         return np.empty(0, np.int64)
-    m, S = gaussian_stats(np.concatenate(own))  # (D,), (D, D)
+    m, S = gaussian_stats(np.concatenate(own))             # (D,), (D, D)
     S = S + 1e-3 * np.eye(len(S))
     chosen = []
     for c in white:
-        u = whitened(z, labels, c)
-        mine = np.flatnonzero(labels == c)
-        # (n,): twice the log-ratio, up to a constant.
+        u = whitened(z, labels, c)          # (n_c, D)
+        mine = np.flatnonzero(labels == c)  # (n_c,)
+        # (n_c,): twice the log-ratio, up to a constant.
         ratio = (u**2).sum(1) - ((u - m) * np.linalg.solve(S, (u - m).T).T).sum(1)
         best = np.argsort(-ratio, kind="stable")[:math.ceil(share * len(mine))]
         chosen.append(mine[best])
@@ -151,6 +153,7 @@ def memorisation_audit(encode, samples, subset, subset_labels, pool, pool_labels
             return z
         return torch.as_tensor(z, device=device)
 
+    # Draws in this order: subset, noise, held-out, alike.
     seen = thinned(subset)
     noisy = seen / 127.5 - 1 + noise * rng.standard_normal(seen.shape)
     noisy = np.clip(np.rint((noisy + 1) * 127.5), 0, 255).astype(np.uint8)

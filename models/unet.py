@@ -25,6 +25,8 @@ def norm(ch):
 
 
 class ResBlock(nn.Module):
+    """x (n, c_in, h, w), emb (n, D) -> (n, c_out, h, w)."""
+
     def __init__(self, c_in, c_out, emb, dropout):
         super().__init__()
         self.norm1 = norm(c_in)
@@ -34,6 +36,7 @@ class ResBlock(nn.Module):
         self.drop = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.skip = nn.Identity()
+        # With weights of its own only where the channels change.
         if c_in != c_out:
             self.skip = nn.Conv2d(c_in, c_out, 1)
 
@@ -96,7 +99,7 @@ class Layer(nn.Module):
 
 
 class UNet(nn.Module):
-    """A models.build.Network; its tokens are those of the middle block, whatever the layer.
+    """A models.build.Network; its tokens are those of the middle block.
 
     num_classes = 0 leaves the class embedding out.
     """
@@ -117,9 +120,9 @@ class UNet(nn.Module):
         self.ch = ch
         self.time_scale = time_scale
         self.recompute = recompute
-        self.token_layer = 1
+        self.token_layer = 1             # any number gives the same tokens
         self.token_width = ch * mult[-1]
-        self.grid = size // 2**halvings
+        self.grid = size // 2**halvings  # the resolution in the middle
         emb = 4 * ch
         self.time = nn.Sequential(nn.Linear(ch, emb), nn.SiLU(), nn.Linear(emb, emb))
         self.y_embedder = None
@@ -129,8 +132,8 @@ class UNet(nn.Module):
 
         # Down: channels of every output, which the way up takes back in reverse.
         skips = [ch]
-        c = ch
-        res = size
+        c = ch      # channels at this point
+        res = size  # and resolution
         self.down = nn.ModuleList()
         self.up = nn.ModuleList()
         for level, factor in enumerate(mult):
@@ -169,6 +172,7 @@ class UNet(nn.Module):
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
+        # Drawn a second time, behind all others: the order of the draws is part of every result.
         for module in self.modules():
             if isinstance(module, ResBlock):
                 nn.init.xavier_uniform_(module.conv2.weight, gain=1e-5)
@@ -179,7 +183,7 @@ class UNet(nn.Module):
     def forward(self, x, t, y=None, tokens_after=None):
         emb = self.time(timestep_embedding(t * self.time_scale, self.ch))  # (n, 4 ch)
         if self.y_embedder is not None:
-            emb = emb + self.y_embedder(y)
+            emb = emb + self.y_embedder(y)                                 # (n, 4 ch)
         emb = F.silu(emb)
 
         h = self.conv_in(x)  # (n, ch, H, W)
@@ -187,7 +191,8 @@ class UNet(nn.Module):
         for layer in self.down:
             h = self._run(layer, h, emb)
             hs.append(h)
-        h = self.mid2(self.mid1(h, emb), emb)          # (n, D, h, w)
+        h = self.mid2(self.mid1(h, emb), emb)  # (n, D, h, w)
+        # Here and not behind the way up: gradients add in this order, which bits depend on.
         tokens = rearrange(h, "n D h w -> n (h w) D")
         for layer in self.up:
             if not isinstance(layer, Up):
