@@ -470,6 +470,42 @@ def test_flags_that_would_do_nothing_are_refused(tiny_data, tmp_path, capsys):
     assert "--weights" in refused(capsys, tiny_data, tmp_path / "a", reweight_mode="resample")
 
 
+def test_predict_v_trains_on_the_velocity_of_ddpm(tiny_data, tmp_path, monkeypatch):
+    """sqrt(abar) eps - sqrt(1 - abar) x (Salimans & Ho 2022); the first network answers zero, so the first loss is the target's square."""
+    calls = []
+
+    def spy(process, model, x, u, eps, y, **kw):
+        calls.append((x, u, eps, REAL_LOSS(process, model, x, u, eps, y, **kw)))
+        return calls[-1][-1]
+    monkeypatch.setattr(train, "diffusion_loss", spy)
+    state = run(tiny_data, tmp_path / "a", process="ddpm", predict="v", steps=1)
+    x, u, eps, loss = calls[0]
+    abar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))[(u * 1000).long().numpy()]
+    a, s = (torch.from_numpy(np.sqrt(v)).float().view(-1, 1, 1, 1) for v in (abar, 1 - abar))
+    torch.testing.assert_close(loss, (a * eps - s * x).square().mean((1, 2, 3)))
+    assert state["args"]["predict"] == "v" and from_checkpoint(state)[1].predict == "v"
+
+
+def test_class_std_is_the_spread_of_the_first_class_embedding(tiny_data, tmp_path):
+    wide, narrow = (run(tiny_data, tmp_path / str(std), class_std=std, steps=0)["model"] for std in (1.0, 0.02))
+    key = "y_embedder.embedding_table.weight"
+    torch.testing.assert_close(wide[key], 50 * narrow[key])
+    assert abs(wide[key].std() - 1) < 0.1 and all(torch.equal(wide[k], narrow[k]) for k in wide if k != key)
+
+
+@pytest.mark.parametrize("model, home", [("SiT-T/2", "sit"), ("unet-tiny", "unet")])
+def test_recompute_is_the_same_training_with_every_block_run_twice(model, home, tiny_data, tmp_path, monkeypatch):
+    import models.sit
+    import models.unet
+    place, calls = getattr(models, home), []
+    real = place.checkpoint
+    monkeypatch.setattr(place, "checkpoint", lambda *a, **kw: (calls.append(1), real(*a, **kw))[1])
+    plain = run(tiny_data, tmp_path / "a", model=model, steps=2, accumulate=2)
+    assert not calls
+    saving = run(tiny_data, tmp_path / "b", model=model, steps=2, accumulate=2, recompute=True)
+    assert len(calls) >= 4 * 4 and same_state(plain, saving) and saving["args"]["recompute"]
+
+
 def test_pictures_come_from_the_ema_in_eval_mode(tiny_data, tmp_path, monkeypatch):
     used, real = [], train.generate
 
