@@ -283,7 +283,7 @@ def train_turns(args, name, batch, amp, peers, tmp, block, more=()):
     if not data.exists():
         training_data(data, sit, 1000 if sit else 10)
     turns = Turns("ours", peers, block, args.device)
-    with (mock.patch.object(common, "progress", turns), mock.patch.object(train, "preview"),              # the pictures after the last step are not the loop
+    with (mock.patch.object(common.run, "progress", turns), mock.patch.object(train, "preview"),              # the pictures after the last step are not the loop
           warnings.catch_warnings(record=True) as caught):
         warnings.simplefilter("always")
         train.main(["--data", str(data), "--out", str(out), "--preset", "imagenet" if sit else "cifar10", "--model", name, "--batch-size", str(batch), "--amp", amp,
