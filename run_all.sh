@@ -40,7 +40,7 @@ done
 cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")"
 
 # ------------------------------------------------------------------ a Python that has what requirements.txt asks for
-packages="torch torchvision numpy scipy PIL tqdm einops pytorch_fid matplotlib pytest sklearn"
+packages="torch torchvision numpy scipy PIL tqdm einops pytorch_fid matplotlib pytest xdist sklearn"
 complete() {
     "$1" -c "import importlib.util as u, sys
 sys.exit(sys.version_info < (3, 10) or any(u.find_spec(p) is None for p in '$packages'.split()))" 2>/dev/null
@@ -58,6 +58,6 @@ fi
 
 # ------------------------------------------------------------------ go
 if [ "$what" = test ]; then
-    exec "$py" -m pytest -q -m "not slow" tests "${@:2}"
+    exec "$py" -m pytest -q -n 2 --dist loadfile -m "not slow" tests "${@:2}"
 fi
 exec "$py" -m common.run_all "$what" "$source"
