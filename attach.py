@@ -59,12 +59,12 @@ def difficulty_scores(model, process, x, y, eps, ts):
 
 def stratified_times(T=10):
     """t_j = (j + 1/2) / T; a ddpm model sees its indices 50, 150, ..., 950."""
-    return (torch.arange(T) + 0.5) / T
+    return (torch.arange(T) + 0.5) / T                                   # (T,)
 
 
 def interval_of(n, m, interval):
     """k for m of n images of a class, never so wide that the quota is not filled."""
-    widest = (n - 1) // (m - 1) if m > 1 else 1
+    widest = (n - 1) // (m - 1) if m > 1 else 1                          # (m - 1) k <= n - 1
     if interval == "span":
         return widest
     if interval == "auto":
@@ -85,7 +85,7 @@ def select(s, groups, per_class, how, interval="auto"):
 
     groups: [rows (n_c,) of class c]. Ties go by the index.
     """
-    keep = []
+    keep = []                                                            # [(m_c,), ...]
     for rows in groups:
         order = rows[np.argsort(s[rows], kind="stable")]                 # from easy to hard
         m = min(per_class, len(rows))
@@ -154,7 +154,7 @@ def score_rows(args, inputs, device, rows, eps):
     ts = stratified_times().to(device)
     with common.autocast(device, args.amp):
         s = difficulty_scores(model.to(device), process, x, y, eps.to(device), ts).cpu().numpy()
-    finite = np.isfinite(s)
+    finite = np.isfinite(s)                                              # (b,)
     common.need(finite.all(), f"{args.reference}: difficulty of image {rows[np.argmin(finite)]} is "
                               "not finite; use --amp none or another checkpoint")
     return s
@@ -170,7 +170,7 @@ def score_again(args, inputs, device, s, eps, most=2000):
     rows = np.sort(np.concatenate(list(some.values())))                  # of all these classes
     again = np.empty(len(s), np.float32)                                 # (N,), filled at `rows`
     for lo in range(0, len(rows), args.batch_size):
-        part = rows[lo:lo + args.batch_size]
+        part = rows[lo:lo + args.batch_size]                             # (b,)
         again[part] = score_rows(args, inputs, device, part, eps)
     return repeat_correlation(s, again, [some[c] for c in sorted(some)])
 
@@ -181,11 +181,11 @@ def choose(args, inputs, s):
         return inputs.keep, str(args.indices)
     n = len(inputs.data.labels)
     if args.select == "all":
-        return np.arange(n), "all"
+        return np.arange(n), "all"                                       # (N,)
     groups = common.rows_by_class(inputs.data.labels, inputs.data.num_classes)
     if args.select == "random":
         # The highest numbers of each class, as prune.py takes them.
-        numbers = common.random_scores(args.seed, n)
+        numbers = common.random_scores(args.seed, n)                     # (N,)
         highest = [rows[np.argsort(-numbers[rows])[:args.per_class]] for rows in groups]
         return np.sort(np.concatenate(highest)), "random"
     keep = select(s, groups, args.per_class, args.select, args.interval)
@@ -212,7 +212,7 @@ def draw_selection(data, s, keep, how, out):
 def subset_distance(args, inputs, keep, out):
     """FD(subset -> full set) under the judge, and that of random subsets. Returns the figures."""
     from models.metrics import subset_frechet
-    judge = inputs.judge
+    judge = inputs.judge                                                 # an encoder that neither selects nor aligns
     z, _ = common.fill_features(out, "judge", judge, inputs.data, args.batch_size)       # (N, D)
     groups = common.rows_by_class(inputs.data.labels, inputs.data.num_classes)
     # Every process encodes, the first one measures.
@@ -231,8 +231,8 @@ def attach_visual(args, inputs, keep, out):
                                     args.flips, args.batch_size)
     most = max(1, 2**26 // v[0].size)                                    # 256 MB as float32
     some = np.unique(np.linspace(0, len(v) - 1, min(len(v), most)).astype(int))
-    cosine = common.from_rank0(lambda: mean_token_cosine(v[some]))
-    megabytes = round(v.nbytes / 1e6, 3)
+    cosine = common.from_rank0(lambda: mean_token_cosine(v[some]))       # of one vector for all
+    megabytes = round(v.nbytes / 1e6, 3)                                 # v: (M, T, d) or (M, 2, T, d)
     common.log(f"attach.py: visual tokens {v.shape}: {megabytes:,} MB in {seconds:.1f} s; one "
                f"constant vector reaches the cosine {cosine:.3f} on this grid (more on a coarser "
                "one): an alignment below that has learned nothing")
@@ -360,6 +360,7 @@ def parse_args(argv=None):
                 "--allow-short would do nothing; leave them out")
     if not args.indices:
         args.select = args.select or "interval"
+    # The other defaults depend on flags that must not contradict each other.
     for wrong, message in contradictions(args, args.prompt or PROMPT):
         if wrong:
             p.error(message)

@@ -530,6 +530,31 @@ def test_overwriting_leaves_nothing_of_the_old_run(made, tmp_path):
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["attach.args.json", "keep.npy"]
 
 
+def test_weights_that_cannot_be_read_cost_no_result(made, tmp_path, capsys):
+    """--overwrite removes nothing before all that the flags name has been loaded."""
+    data, ck = made
+    out, flags = tmp_path / "out", ["--select", "random", "--per-class", 3, "--judge", "none"]
+    run(data, out, *flags)
+    before = {f.name: f.read_bytes() for f in out.iterdir()}
+    bad = tmp_path / "bad.pt"
+    bad.write_text("no checkpoint")
+    for more in (["--visual", "ddae", "--visual-weights", bad], ["--text", tmp_path / "none"],
+                 ["--select", "easy", "--reference", bad]):
+        with pytest.raises(SystemExit) as e:
+            run(data, out, *flags, *more, "--overwrite")
+        assert e.value.code == 2 and str(more[-1]) in capsys.readouterr().err
+        assert {f.name: f.read_bytes() for f in out.iterdir()} == before
+    run(data, out, *flags)
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_the_choices_can_be_asked_for(capsys):
+    with pytest.raises(SystemExit) as e:
+        attach.main(["--list", "visual"])
+    tokens = [name for name, spec in encoders.ENCODERS.items() if spec.tokens]
+    assert e.value.code == 0 and capsys.readouterr().out.split() == ["none", *tokens]
+
+
 def test_the_folder_of_another_stage_is_left_alone(made, tmp_path, capsys):
     np.save(tmp_path / "keep.npy", np.arange(5))
     with pytest.raises(SystemExit) as e:

@@ -429,6 +429,32 @@ def test_other_arguments_need_another_folder(data, tmp_path, capsys):
     assert e.value.code == 2 and "--keep = 0.25, now 0.5" in capsys.readouterr().err and len(np.load(out / "keep.npy")) == 8
 
 
+def test_weights_that_cannot_be_read_cost_no_result(data, tmp_path, capsys):
+    """--overwrite removes nothing before all that the flags name has been loaded."""
+    out = tmp_path / "out"
+    run(data, out, "--score", "random", "--keep", 0.5)
+    before = {f.name: f.read_bytes() for f in out.iterdir()}
+    (tmp_path / "bad.pt").write_text("no checkpoint")
+    with pytest.raises(SystemExit) as e:
+        run(data, out, "--score", "gaussian", "--keep", 0.5, "--surrogate", "ddae", "--weights",
+            tmp_path / "bad.pt", "--overwrite")
+    assert e.value.code == 2 and "bad.pt" in capsys.readouterr().err
+    assert {f.name: f.read_bytes() for f in out.iterdir()} == before
+    run(data, out, "--score", "random", "--keep", 0.5)
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_the_choices_can_be_asked_for(capsys):
+    for name, words in (("score", prune.SCORES), ("surrogate", models.encoders.ENCODERS)):
+        with pytest.raises(SystemExit) as e:
+            prune.main(["--list", name])
+        assert e.value.code == 0 and capsys.readouterr().out.split() == list(words)
+    with pytest.raises(SystemExit):
+        prune.main(["--help"])
+    page = capsys.readouterr().out
+    assert all(score.what in page for score in prune.SCORES.values())
+
+
 def test_scratch_is_trained_once_and_kept_with_the_data(data, tmp_path, monkeypatch):
     real, calls = models.scratch.train_scratch, []
 
