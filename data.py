@@ -82,9 +82,11 @@ def to_rgb(image):
     if image.mode.startswith("I"):
         # 16 bits, in Pillow's mode I too; convert("L") would clip at 255.
         v = np.asarray(image).astype(np.int64).clip(0, 65535)    # (H, W)
+        # 65535 = 255 * 257, rounded to the nearest level.
         image = Image.fromarray(((v + 128) // 257).astype(np.uint8))
     elif image.has_transparency_data:
         image = image.convert("RGBA")
+        # On white, as a page shows them; convert("RGB") alone would show what lies behind.
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
@@ -117,7 +119,7 @@ def content_sha256(images, labels, look=None):
     """
     digest = hashlib.sha256(str(tuple(map(int, images.shape))).encode())
     for lo in range(0, len(images), 1024):
-        rows = np.ascontiguousarray(images[lo:lo + 1024])
+        rows = np.ascontiguousarray(images[lo:lo + 1024])    # (b, ...)
         digest.update(rows)
         if look:
             look(rows)
@@ -142,10 +144,10 @@ def name_of(images, row):
     return str(images[row]) if images.ndim == 1 else f"images[{row}]"
 
 
-def unreadable(images, row, fault):
+def unreadable(file, fault):
     """The line about an image that cannot be read."""
-    return (f"{name_of(images, row)}: unreadable image ({fault}); mend it and run the same command "
-            "again, or go on without such images: --skip-bad, where pixels are stored")
+    return (f"{file}: unreadable image ({fault}); mend or remove it, or go on without such images: "
+            "--skip-bad, where pixels are stored")
 
 
 def shape_of(args, images):
@@ -155,24 +157,23 @@ def shape_of(args, images):
     if images.ndim == 4:
         return images.shape[1:]
     with common.no_bombs():
-        for row, image in enumerate(images):
+        for file in images:
             try:
-                return read_image(image)[0].shape
+                return read_image(file)[0].shape    # (H, W, 3)
             except Exception as e:
                 fault = f"{type(e).__name__}: {e}"
-            common.need(args.skip_bad, unreadable(images, row, fault))
+            common.need(args.skip_bad, unreadable(file, fault))
     raise UserError(f"{images[0].parent}: none of the {len(images)} images is readable; mend or "
                     "replace them")
 
 
-def decode_images(images, shape, size):
-    """(pixels uint8 (b, H, W, C), {place: fault}, {place: other shape}, whether all were grey).
+def decode_images(images, shape, size, skip_bad):
+    """(pixels uint8 (b, H, W, C), {place: fault}, whether all were stored grey) of some images.
 
-    What cannot be read, or has another shape than (H, W, 3), stays black.
+    With skip_bad those that cannot be read stay black, else UserError names the first.
     """
-    pixels = np.zeros((len(images), *shape), np.uint8)
+    pixels = np.zeros((len(images), *shape), np.uint8)    # (b, H, W, C)
     faults = {}
-    others = {}
     all_grey = True
     with common.no_bombs():
         for place, image in enumerate(images):
@@ -181,13 +182,16 @@ def decode_images(images, shape, size):
             except Exception as e:
                 # On damaged files Pillow's plugins raise a dozen kinds.
                 faults[place] = f"{type(e).__name__}: {e}"
+                common.need(skip_bad, unreadable(image, faults[place]))
                 continue
+            height, width, _ = rgb.shape
+            common.need((height, width) == shape[:2],
+                        f"{image}: {width}x{height} pixels, but the first image has {shape[1]}x"
+                        f"{shape[0]}; give --size S to bring all to S x S")
+            # Of a grey array one of three equal channels.
+            pixels[place] = rgb[..., :shape[2]]
             all_grey &= grey
-            if rgb.shape[:2] == shape[:2]:
-                pixels[place] = rgb[..., :shape[2]]
-            else:
-                others[place] = rgb.shape
-    return pixels, faults, others, all_grey
+    return pixels, faults, all_grey
 
 
 class Decoder:
@@ -202,14 +206,14 @@ class Decoder:
     """
 
     def __init__(self, args, images, shape, batch):
-        self.args = args
         self.images = images
-        self.shape = shape
+        self.work = functools.partial(decode_images, shape=shape, size=args.size,
+                                      skip_bad=args.skip_bad)
         self.faults = {}    # {row: what is wrong with the image}
         self.all_grey = images.ndim == 1 or shape[2] == 1
         # Pixels of this shape are as they should be.
         self.ready = images.shape[1:] == shape
-        # --workers is for the machine: this process has a share of them.
+        # --workers counts for a machine: each process of torchrun has its share.
         share = args.workers // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         useful = 1 if self.ready else math.ceil(len(images) / batch)
         self.workers = max(1, min(share, useful))
@@ -219,23 +223,12 @@ class Decoder:
             yield from (np.asarray(self.images[rows]) for rows in batches)
             return
         jobs = (self.images[rows] for rows in batches)    # pixels (b, h, w, C) or files (b,)
-        work = functools.partial(decode_images, shape=self.shape, size=self.args.size)
-        results = common.work_ahead(self.pool, work, jobs, depth=self.workers + 2)
-        for rows, (pixels, faults, others, all_grey) in zip(batches, results):
-            self.check(rows, faults, others)
+        # Two batches more than workers: none idles while a batch is written.
+        results = common.work_ahead(self.pool, self.work, jobs, depth=self.workers + 2)
+        for rows, (pixels, faults, all_grey) in zip(batches, results):
+            self.faults |= {int(rows[place]): fault for place, fault in faults.items()}
             self.all_grey &= all_grey
             yield pixels
-
-    def check(self, rows, faults, others):
-        """UserError that names the first image that will not do; faults may be skipped."""
-        for place, (height, width, _) in others.items():
-            raise UserError(f"{name_of(self.images, rows[place])}: {width}x{height} pixels, but "
-                            f"the first image has {self.shape[1]}x{self.shape[0]}; give --size S "
-                            "to bring all to S x S")
-        for place, fault in faults.items():
-            row = int(rows[place])
-            common.need(self.args.skip_bad, unreadable(self.images, row, fault))
-            self.faults[row] = fault
 
     def outcome(self):
         """({row: fault} in their order, whether all images were grey), of all processes."""
@@ -263,7 +256,7 @@ def workshop(out):
 
 def need_room(out, shape, dtype):
     """Refuse an array that the disk does not hold, and say beforehand when it is large."""
-    size = math.prod(shape) * np.dtype(dtype).itemsize
+    size = math.prod(shape) * np.dtype(dtype).itemsize    # bytes
     # Rank 0 alone: what it then begins to write would count for a rank that asks later.
     common.from_rank0(lambda: common.need_disk(out, size))
     if size > 1e9:
@@ -271,7 +264,7 @@ def need_room(out, shape, dtype):
 
 
 def rows_at_once(shape):
-    """How many images (H, W, C) are held at a time: 32 MB, 512 at most."""
+    """How many images (H, W, C) a worker is given at a time: 32 MB, 512 at most."""
     return max(1, min(512, 2**25 // math.prod(shape)))
 
 
@@ -323,7 +316,7 @@ def decode_source(args, source, place):
 
 def check_decoded(args, source, vae):
     """UserError where the decoded images make no data set."""
-    counts = np.bincount(source.train.labels, minlength=len(source.classes))
+    counts = np.bincount(source.train.labels, minlength=len(source.classes))    # (K,)
     common.need(counts.all(), f"{args.source}: class '{source.classes[np.argmin(counts)]}' has no "
                               "readable image left; give it some or leave the class out")
     sides = source.train.images.shape[1:3]
@@ -347,9 +340,11 @@ def build(args, source, vae, stage):
         info = describe(args, source, source.train.images.shape[1:])
         info["skipped"] = images - info["num_images"] - info["num_test"]
         if common.rank() == 0:
+            # Later stages compare these and never hash the images again.
             for prefix, split in source.splits.items():
                 name = "sha256_test" if prefix else "sha256"
                 info[name] = content_sha256(split.images, split.labels)
+        # From here on what stood goes.
         stage.begin()
         if args.as_folder:
             write_pngs(args.out, source, args.workers)
@@ -390,15 +385,16 @@ def save_preview(path, split, num_classes, seed, most=10):
     from PIL import Image
     rng = np.random.default_rng(seed)
     images = split.images    # (N, H, W, C)
+    # Tiles of 64 to 128 pixels, with a gap of two.
     side = min(128, max(64, *images.shape[1:3]))
     shown = np.linspace(0, num_classes - 1, min(most, num_classes)).round()
     shown = np.unique(shown.astype(int))
     sheet = Image.new("RGB", (most * (side + 2), len(shown) * (side + 2)), "white")
     for j, k in enumerate(shown):
-        mine = np.flatnonzero(split.labels == k)
+        mine = np.flatnonzero(split.labels == k)    # (n_k,)
         drawn = rng.choice(mine, min(most, len(mine)), replace=False)
         for i, row in enumerate(np.sort(drawn)):
-            rgb = np.broadcast_to(images[row], (*images.shape[1:3], 3))
+            rgb = np.broadcast_to(images[row], (*images.shape[1:3], 3))    # (H, W, 3)
             tile = Image.fromarray(np.ascontiguousarray(rgb))
             factor = side / max(tile.size)
             size = [max(1, int(length * factor)) for length in tile.size]
@@ -491,11 +487,13 @@ def encode(args, images, info, vae, device):
 
     def latents(batches):
         for rows, pixels in zip(batches, decode(batches)):    # (b,), (b, H, W, C)
+            # A VAE of diffusers takes three channels.
             if channels == 1:
                 pixels = np.repeat(pixels, 3, axis=3)
             x = to_pixels(torch.from_numpy(pixels).to(device))    # (b, 3, H, W)
             z = vae.encode(x).half()    # (b, 2c, h, w)
-            sound = z.isfinite().flatten(1).all(1).tolist()
+            # float16 ends at 65504, far beyond the latents of a VAE that fits.
+            sound = z.isfinite().flatten(1).all(1).tolist()    # (b,)
             if not all(sound):
                 name = name_of(images, rows[sound.index(False)])
                 raise UserError(f"{name}: its latent is not finite in float16; is {args.vae} the "
@@ -512,7 +510,7 @@ def encode(args, images, info, vae, device):
 def describe_latents(args, z, info, scale):
     """latents.json, then dataset.json; z (N, 2c, h, w)."""
     from models.vae import latent_moments, latent_sums
-    sums = np.zeros(3)
+    sums = np.zeros(3)    # count, sum and sum of squares
 
     def look(rows):
         sums[:] += latent_sums(rows)
@@ -747,6 +745,7 @@ def read_npz(path):
             "ADM's arr_0 and arr_1,")
     arrays = common.load_npz(path, names, what)
     if "images" not in arrays:
+        # ADM's sample files have names by number.
         of_adm = {"arr_0": "images", "arr_1": "labels"}
         arrays = {of_adm.get(name, name): array for name, array in arrays.items()}
     common.need("images" in arrays, f"{path}: holds {', '.join(arrays)}, but 'images' uint8 (N, H, "
@@ -866,6 +865,7 @@ def open_stage(args):
 
 # ------------------------------------------------------------------------------------ command line
 def parse_args(argv=None):
+    # A container may have fewer cores than its machine.
     cores = os.cpu_count()
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
@@ -900,6 +900,7 @@ def parse_args(argv=None):
     if args.source not in ("digits", "cifar10"):
         args.source = checked_path(args)
     check_flags(args)
+    # The record knows a folder by its whole path, from wherever the script is called.
     if args.vae and Path(args.vae).is_dir():
         args.vae = str(Path(args.vae).resolve())
     return args
@@ -972,6 +973,7 @@ def main(argv=None):
         # The description comes last, and says that all but the latents is there.
         file = args.out / (BEGUN if vae else "dataset.json")
         begun = common.from_rank0(lambda: stage.resuming and file.exists())
+        # Pixels that stand need no source any more.
         source = None
         if args.latents_only or not begun:
             source = load_source(args)

@@ -4,8 +4,10 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -154,6 +156,11 @@ def test_digits(tmp_path):
     assert d.images.shape == (1500, 8, 8, 1) and d.test_images.shape == (297, 8, 8, 1) and d.classes[7] == "seven"
     assert np.bincount(d.labels).tolist() == [150] * 10
     raw = sklearn_datasets.load_digits()
+    pixels, rng = np.rint(raw.images * 255 / 16).astype(np.uint8)[..., None], np.random.default_rng(0)
+    rows = np.sort(np.concatenate([rng.permutation(np.flatnonzero(raw.target == k))[:150] for k in range(10)]))
+    rest = np.setdiff1d(np.arange(len(pixels)), rows)                 # how data/digits.npz was made, and is made again
+    assert (d.images == pixels[rows]).all() and (d.labels == raw.target[rows]).all()
+    assert (d.test_images == pixels[rest]).all() and (d.test_labels == raw.target[rest]).all()
     known = sorted((*np.rint(x * 255 / 16).astype(int).ravel(), y) for x, y in zip(raw.images, raw.target))
     ours = sorted((*x.astype(int).ravel(), y) for x, y in [*zip(d.images, d.labels), *zip(d.test_images, d.test_labels)])
     assert known == ours                                              # every image once: the splits are disjoint and complete
@@ -320,6 +327,92 @@ def test_resume(folder, tmp_path, capsys):
     run(folder, "--out", out)
     assert "nothing to do" in capsys.readouterr().out
     assert "--size" in fails(capsys, out, folder, "--size", 4)
+
+
+def test_a_call_killed_before_its_record_was_whole(folder, tmp_path, monkeypatch, capsys):
+    """dataset.json comes last: where it stands, nothing is left but the record, and the source is not read again."""
+    run(folder, "--out", tmp_path / "o")
+    file = tmp_path / "o" / "data.args.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "seconds": None}))
+    before = {p.name: p.read_bytes() for p in (tmp_path / "o").iterdir() if p != file}
+    with monkeypatch.context() as m:
+        m.setattr(data, "read_source", None)
+        run(folder, "--out", tmp_path / "o")
+    assert before == {p.name: p.read_bytes() for p in (tmp_path / "o").iterdir() if p != file}
+    assert json.loads(file.read_text())["seconds"] > 0
+    (tmp_path / "o" / ".data").mkdir()                                # as a kill in the middle leaves it
+    (tmp_path / "o" / ".data" / "images.part.npy").write_bytes(b"half")
+    run(folder, "--out", tmp_path / "o", "--overwrite")
+    assert before == {p.name: p.read_bytes() for p in (tmp_path / "o").iterdir() if p != file}
+
+
+def test_an_export_goes_on_and_is_not_mixed(tmp_path, monkeypatch, capsys):
+    out, real = tmp_path / "png", data.save_pngs
+    np.save(tmp_path / "keep.npy", np.arange(300))
+
+    def fail(file, first, names):
+        real(file, first, names)
+        raise OSError(28, "No space left on device", str(names[0]))
+    with monkeypatch.context() as m:
+        m.setattr(data, "save_pngs", fail)
+        with pytest.raises(SystemExit):
+            run("digits", "--as-folder", "--workers", 1, "--out", out)
+    assert len(list(out.rglob("*.png"))) and not (out / "classes.txt").exists()
+    assert "--indices" in fails(capsys, out, "digits", "--as-folder", "--indices", tmp_path / "keep.npy")
+    run("digits", "--as-folder", "--out", out)
+    assert len(list(out.rglob("*.png"))) == 1797 and not list(out.glob(".*"))
+    run("digits", "--as-folder", "--out", out)
+    assert "nothing to do" in capsys.readouterr().out
+
+
+# ---- worker processes
+def children(pid):
+    return [int(c) for c in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def until(condition, seconds=60):
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end
+        time.sleep(0.02)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+@pytest.mark.parametrize("what, code", [("worker", 2), (signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_workers_end_with_the_call(what, code, tmp_path):
+    """A killed worker, and signals to the call: one line, nothing left behind, and no orphan however it ends."""
+    for i in range(1100):                                             # three batches
+        save(tmp_path / "s" / f"{i}.bmp", noise(2, 2, 3))
+    (tmp_path / "go.py").write_text("import time, data\nreal = data.read_image\n"
+                                    "data.read_image = lambda *a: (time.sleep(0.01), real(*a))[1]\ndata.main()\n")
+    call = [sys.executable, tmp_path / "go.py", tmp_path / "s", "--size", "2", "--workers", "2", "--out", tmp_path / "o"]
+    p = subprocess.Popen([*map(str, call)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    until(lambda: p.poll() is not None or len(children(p.pid)) == 2)
+    workers = children(p.pid)
+    time.sleep(0.5)
+    if what == "worker":
+        os.kill(workers[0], signal.SIGKILL)
+    elif what == signal.SIGINT:
+        os.killpg(p.pid, what)                                        # as a terminal does
+    else:
+        os.kill(p.pid, what)
+    _, err = p.communicate(timeout=60)
+    assert p.returncode == code, err
+    if what == "worker":
+        assert "a worker process was killed" in err and err.count("\n") == 1
+    until(lambda: not any(Path(f"/proc/{w}").exists() for w in workers), 10)
+    assert (tmp_path / "o").exists() == (what == signal.SIGKILL)
+    if what == signal.SIGKILL:
+        run(tmp_path / "s", "--size", 2, "--out", tmp_path / "o")
+        assert len(common.open_data(tmp_path / "o").images) == 1100 and not list((tmp_path / "o").glob(".*"))
+
+
+def test_the_pool_is_a_bounded_number_of_jobs_ahead():
+    begun = []
+    with common.open_pool(1) as pool:
+        results = common.work_ahead(pool, lambda k: begun.append(k) or k * k, iter(range(50)), depth=3)
+        assert next(results) == 0 and len(begun) <= 4
+        assert [*results] == [k * k for k in range(1, 50)]
 
 
 # ---- mistakes
@@ -584,6 +677,25 @@ def test_several_processes_encode_the_same(processes, pictures, tmp_path, fake_v
     assert np.array_equal(np.load(tmp_path / "o" / "latents.npy"), alone)
     for name in ("dataset.json", "latents.json", "labels.npy", "files.txt"):
         assert (tmp_path / "o" / name).read_bytes() == (tmp_path / "a" / name).read_bytes()
+
+
+def test_several_processes_decode_the_same(tmp_path, fake_vae):
+    """Pixels beside latents: each process decodes its part; what one finds unreadable or in colour counts for all."""
+    for i in range(40):
+        save(tmp_path / "s" / ("val" if i % 4 == 0 else "train") / f"c{i % 2}" / f"{i}.png", noise(9, 12))
+    for name in ("train/c1/3.png", "val/c0/36.png"):
+        (tmp_path / "s" / name).write_bytes(b"broken")
+    (tmp_path / "go.py").write_text("import data, conftest\nconftest.use_fake_vae()\ndata.main()\n")
+    for k in range(2):
+        out = [tmp_path / f"{name}{k}" for name in ("two", "one")]
+        flags = ["--size", 8, "--vae", "a/vae", "--device", "cpu", "--skip-bad", "--out"]
+        ranks = run_ranks(2, tmp_path / "go.py", tmp_path / "s", *flags, out[0], PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
+        assert [code for code, _, _ in ranks] == [0, 0], ranks
+        assert ranks[0][1].count("skipped") == 3 and not ranks[1][1]
+        run(tmp_path / "s", *flags, out[1])
+        one, two = ({p.name: p.read_bytes() for p in folder.iterdir() if p.name != "data.args.json"} for folder in out)
+        assert one == two and common.open_data(out[1]).images.shape == (29, 8, 8, [1, 3][k])
+        save(tmp_path / "s" / "train" / "c1" / "39.png", noise(9, 12, 3))                       # the last one in colour
 
 
 def test_latents_of_the_real_format(pictures, real_vae, tmp_path, capsys):
