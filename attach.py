@@ -212,7 +212,7 @@ def draw_selection(data, s, keep, how, out):
 def subset_distance(args, inputs, keep, out):
     """FD(subset -> full set) under the judge, and that of random subsets. Returns the figures."""
     from models.metrics import subset_frechet
-    judge = inputs.judge                                                 # an encoder that neither selects nor aligns
+    judge = inputs.judge
     z, _ = common.fill_features(out, "judge", judge, inputs.data, args.batch_size)       # (N, D)
     groups = common.rows_by_class(inputs.data.labels, inputs.data.num_classes)
     # Every process encodes, the first one measures.
@@ -232,7 +232,7 @@ def attach_visual(args, inputs, keep, out):
     most = max(1, 2**26 // v[0].size)                                    # 256 MB as float32
     some = np.unique(np.linspace(0, len(v) - 1, min(len(v), most)).astype(int))
     cosine = common.from_rank0(lambda: mean_token_cosine(v[some]))       # of one vector for all
-    megabytes = round(v.nbytes / 1e6, 3)                                 # v: (M, T, d) or (M, 2, T, d)
+    megabytes = round(v.nbytes / 1e6, 3)
     common.log(f"attach.py: visual tokens {v.shape}: {megabytes:,} MB in {seconds:.1f} s; one "
                f"constant vector reaches the cosine {cosine:.3f} on this grid (more on a coarser "
                "one): an alignment below that has learned nothing")
@@ -299,16 +299,18 @@ def load_networks(args, inputs, device):
 
 def files_of(args, inputs):
     """{flag: file, or what dataset.json says of a data folder}, for the record."""
-    files = {"data": inputs.data.info, "images": inputs.pixels.info if args.images else None}
+    files = {"data": inputs.data.info}
+    if args.images:
+        files["images"] = inputs.pixels.info
     for name in ("reference", "difficulty", "indices", "visual_weights", "judge_weights"):
         files[name] = getattr(args, name)
     if args.judge == "clip" and args.judge_weights and not args.judge_weights.is_file():
         files["judge_weights"] = None                                    # a folder or a name
     if args.text.endswith(".npy"):
-        # Its mask counts as well, where there is one.
-        mask = Path(f"{args.text[:-4]}_mask.npy")
         files["text"] = args.text
-        files["text_mask"] = mask if mask.exists() else None
+        mask = Path(f"{args.text[:-4]}_mask.npy")
+        if mask.exists():
+            files["text_mask"] = mask
     return files
 
 

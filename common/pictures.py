@@ -27,6 +27,7 @@ def save_grid(path, images, pad=1, least=48):
     """
     from PIL import Image
     rows, columns, h, w, channels = images.shape
+    # White, so that what is not covered makes the gaps.
     sheet = np.full((rows * (h + pad) + pad, columns * (w + pad) + pad, channels), 255, np.uint8)
     for i in range(rows):
         for j in range(columns):
@@ -49,7 +50,7 @@ def class_tiles(data, groups_of, most, side=96):
     Images of twice `side` pixels and more are thinned to a height of at least `side`.
     """
     step = max(1, data.images.shape[1] // side)
-    tiles = []
+    tiles = []                                               # [(G, most, h, w, C), ...]
     for c in shown_classes(data.num_classes):
         groups = groups_of(np.flatnonzero(data.labels == c))
         row = np.full((len(groups), most, *data.images[0, ::step, ::step].shape), 255, np.uint8)
@@ -65,6 +66,7 @@ def save_montage(path, tiles, row_names, group_names, title):
     R, G, n, h, w, _ = tiles.shape
     group = n * (w + 1)
     stride = group + max(2, w // 4)                          # with the gap after it
+    # Grey images spread over the three colours.
     canvas = np.full((R * (h + 1), G * stride, 3), 255, np.uint8)
     for r, g, j in np.ndindex(R, G, n):
         top = r * (h + 1)
