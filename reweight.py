@@ -54,10 +54,10 @@ def class_excess(excess, y, K, last, clip="class"):
     does per token: where proxy and reference are equally good, E max(noise, 0) > 0.
     """
     excess = excess.double().expand(y.shape)
-    ok = excess.isfinite()
+    ok = excess.isfinite()                                            # (..., B)
     kept = torch.where(ok, excess.clamp(min=0) if clip == "example" else excess, 0)
-    sums = torch.zeros_like(last).scatter_add_(-1, y, kept)
-    counts = torch.zeros_like(last).scatter_add_(-1, y, ok.double())
+    sums = torch.zeros_like(last).scatter_add_(-1, y, kept)           # (..., K)
+    counts = torch.zeros_like(last).scatter_add_(-1, y, ok.double())  # (..., K)
     return torch.where(counts > 0, (sums / counts.clamp(min=1)).clamp(min=0), last)
 
 
@@ -67,7 +67,7 @@ def dro_update(log_a, lam, eta, c):
     log_a, lam (..., K) float64. In log space: eta lambda may be far beyond exp's range.
     """
     log_a = torch.log_softmax(log_a + eta * lam, -1)
-    uniform = torch.full_like(log_a, c / log_a.shape[-1]).log()
+    uniform = torch.full_like(log_a, c / log_a.shape[-1]).log()       # of the share c
     return torch.logaddexp(log_a + math.log1p(-c), uniform)
 
 
@@ -110,8 +110,8 @@ def uniform_rows(step, batch, seed, by_class, counts):
     by_class (M,): rows sorted by class; counts (K,): images of each.
     """
     g = common.generator(seed, "order", step)
-    k = torch.randint(len(counts), (batch,), generator=g)
-    u = torch.rand(batch, generator=g, dtype=torch.float64)
+    k = torch.randint(len(counts), (batch,), generator=g)             # classes
+    u = torch.rand(batch, generator=g, dtype=torch.float64)           # places within them
     return by_class[counts.cumsum(0)[k] - counts[k] + (u * counts[k]).long()]
 
 
@@ -132,8 +132,8 @@ def train_proxy(args, inputs, stage, device):
     record = open_record(args, run, stage)
     wrapped = common.share_out(proxy, device)
     labels = torch.from_numpy(inputs.data.labels[inputs.keep])        # (M,)
-    by_class = labels.argsort(stable=True)
-    counts = torch.from_numpy(inputs.counts)
+    by_class = labels.argsort(stable=True)                            # (M,)
+    counts = torch.from_numpy(inputs.counts)                          # (K,)
     stop = common.Stop()
     who = f"proxy {args.proxy_model} (eta {args.eta:g}, burn-in {args.burn_in})"
     run.describe(who, proxy, inputs.process, len(labels), device, 8 * args.steps * B)
@@ -151,13 +151,13 @@ def train_proxy(args, inputs, stage, device):
             loss = diffusion_loss(inputs.process, wrapped, x, u, eps, y)                   # (n,)
 
         # Every rank sees the excess of the whole batch, and so holds the same a.
-        shared = torch.zeros(B + 1, device=device)
+        shared = torch.zeros(B + 1, device=device)                    # the last: told to stop
         shared[mine] = loss.detach() - l_ref
         shared[B] = stop.asked
-        excess = common.all_reduce(shared)[:B]
-        lam[:] = class_excess(excess, y_all, K, lam, args.clip)
+        excess = common.all_reduce(shared)[:B]                        # (B,)
+        lam[:] = class_excess(excess, y_all, K, lam, args.clip)       # (K,)
         if step >= args.burn_in:
-            log_a[:] = dro_update(log_a, lam, args.eta, args.smoothing)
+            log_a[:] = dro_update(log_a, lam, args.eta, args.smoothing)    # (K,)
 
         # sum_j a_{y_j} l_j / sum_j a_{y_j} over the whole batch; DDP takes the mean over ranks,
         # hence their number.
@@ -229,13 +229,13 @@ def weigh(args, inputs, record, out):
     rule = dict(K=K, eta=args.eta, c=args.smoothing, clip=args.clip, burn_in=args.burn_in)
     # The a of the loop, step by step.
     history = torch.stack(list(dro_path(excess, labels, **rule)))     # (steps, K) float64
-    abar = history[args.burn_in:].mean(0)
+    abar = history[args.burn_in:].mean(0)                             # (K,)
     null = permuted_null(excess, labels, **rule, permutations=args.permutations,
                          generator=common.generator(args.seed, "null"))                    # (P, K)
     # Every class is drawn alike: one band for abar, of all classes and permutations.
     w, low, high = (class_weights(v, counts) for v in (abar, null.min(), null.max()))
     after = excess[args.burn_in:].flatten().double()
-    y = labels[args.burn_in:].flatten()
+    y = labels[args.burn_in:].flatten()                               # like after
     mean = torch.stack([after[y == k].nanmean() for k in range(K)]).nan_to_num()           # (K,)
     saved = dict(abar=abar, history=history.float(), weights=w.float(), excess=record)
     for name, values in saved.items():

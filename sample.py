@@ -27,7 +27,8 @@ import torch
 import common
 from models.diffusion import SAMPLERS, sample_images, to_uint8
 
-DEFAULT_SAMPLER = {"ddpm": ("ddim", 50), "flow": ("heun", 25)}       # with its steps
+# Sampler and steps where the flags are left out.
+DEFAULT_SAMPLER = {"ddpm": ("ddim", 50), "flow": ("heun", 25)}
 
 
 # ---------------------------------------------------------------------------- formulas
@@ -44,6 +45,7 @@ def draw_samples(args, inputs, out, device):
 
     def compute(rows):
         y = torch.from_numpy(inputs.labels[rows]).to(device)          # (b,)
+        # A stream of its own for each sample.
         noise = [common.generator(args.seed, "sample", int(i)) for i in rows]
         with common.autocast(device, args.amp):
             # (b, C, H, W)
@@ -58,10 +60,12 @@ def draw_samples(args, inputs, out, device):
 
 def save_first(path, pixels, labels, in_turn):
     """grid.png: up to ten rows of ten samples, sorted by class unless the classes come in turn."""
+    # Fewer than ten samples make one row.
     columns = min(10, len(labels))
     rows = min(10, len(labels) // columns)
-    order = np.arange(len(labels))
+    order = np.arange(len(labels))                   # (n,)
     if not in_turn:
+        # A row then shows a class, not ten of a thousand.
         order = np.argsort(labels, kind="stable")
     first = pixels[order[:rows * columns]]
     common.save_grid(path, first.reshape(rows, columns, *pixels.shape[1:]))
@@ -73,6 +77,7 @@ def load_inputs(args, device):
     state, model, process = common.open_checkpoint(args.checkpoint, args.official)
     settings = state["args"]
     sampler, steps = DEFAULT_SAMPLER[process.name]
+    # The record shows what was drawn with, not that it was left out.
     args.sampler = args.sampler or sampler
     args.steps = args.steps or steps
     check_flags(args, process, settings)
@@ -82,8 +87,9 @@ def load_inputs(args, device):
     if settings.get("latents"):
         inputs.vae = open_vae(args, settings, device)
         inputs.scale = settings["latent_scale"]
+        # Decoded images: RGB, factor times as wide.
         side, channels = side * inputs.vae.factor, 3
-    inputs.shape = (args.num, side, side, channels)
+    inputs.shape = (args.num, side, side, channels)           # (n, H, W, C)
     out = Path(args.out)
     # From the first row on the space is reserved.
     if not ((out / "samples.npy").exists() or (out / "samples.part.npy").exists()):

@@ -25,7 +25,6 @@ import contextlib
 import copy
 import functools
 import json
-import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -241,6 +240,7 @@ class Log:
         bins = (u * 10).long().clamp(0, 9)           # (n,)
         # A step that is left out must not spoil the mean of the others.
         finite = loss.detach().isfinite()
+        # Float64: a sum of many float32 losses would lose the last ones.
         self.loss.index_add_(0, bins, torch.where(finite, loss.detach(), 0).double())
         self.count.index_add_(0, bins, finite.double())
         if align is not None:
@@ -261,8 +261,8 @@ class Log:
         """Add a line with the means over all ranks, of `kept` images. Returns it, a dict."""
         run = self.run
         common.all_reduce(self.sums)
-        losses = self.loss.tolist()
-        counts = self.count.tolist()
+        losses = self.loss.tolist()                  # (10,)
+        counts = self.count.tolist()                 # (10,)
         row = {"step": run.step, "diffusion": sum(losses) / max(sum(counts), 1),
                "loss_t": [loss / max(n, 1) for loss, n in zip(losses, counts)]}
         if self.align[1] > 0:
@@ -300,6 +300,7 @@ def train(args, inputs, stage, device):
     shape = (settings["channels"], settings["size"], settings["size"])         # (C, H, W)
     net = inputs.net.to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(net.model).eval().requires_grad_(False)
+    # The moving average is of the network alone: sampling needs no projector.
     params = list(net.model.parameters())
     ema_params = list(ema.parameters())
     optimizer, scaler = common.optimizer_of(net, args.lr, device, args.amp)
@@ -330,9 +331,10 @@ def train(args, inputs, stage, device):
         seed_dropout(args.seed, step)
 
         for k in range(args.accumulate):
-            part = slice(k * micro, (k + 1) * micro)
+            part = slice(k * micro, (k + 1) * micro)                  # of this rank's rows
             d = draws[part]
             x, y, v = feed.batch(share, part, d)     # mirrored together with its tokens
+            # Per sample; the text goes with its label. The weight below is still that of the class.
             y_in = drop_labels(y, args.label_drop, settings["num_classes"], d.drop)
             with sync_when(wrapped, k == args.accumulate - 1):
                 with common.autocast(device, args.amp):
@@ -445,6 +447,7 @@ def loss_plot(stats, path, constant):
     fig = common.figure(9, 3.5)
     left, right = fig.subplots(1, 2)
     steps = [row["step"] for row in stats]
+    # With an alignment loss, which is negative, the axis is left to matplotlib.
     left.set(xlabel="step", ylabel="loss, pixel mean", title="training loss")
     left.plot(steps, [row["diffusion"] for row in stats], label="diffusion loss")
     if "align" in stats[-1]:
@@ -498,6 +501,7 @@ def load_start(args, inputs):
                 f"--official {args.official} says what --init holds; give --init CHECKPOINT, or "
                 "leave it out")
     if args.init:
+        # Official weights come as train.py would have written them.
         inputs.init = common.load_checkpoint(args.init, args.official)
     if args.official:
         known = inputs.init["args"]
@@ -633,6 +637,7 @@ def load_network(args, inputs):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(args.seed + 1)
             width = model.token_width
+            # 2048 is REPA's, for networks of at least 384.
             hidden = 2048 if width >= 384 else 4 * width
             projector = Projector(width, inputs.visual.shape[-1], hidden)
     inputs.net = Objective(model, process, projector)

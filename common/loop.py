@@ -14,8 +14,10 @@ AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def generator(seed, *key, device="cpu"):
     """A torch.Generator whose stream depends on (seed, key) alone; key holds ints and strings."""
+    # Strings enter by their checksum: Python's own hash differs from process to process.
     words = [zlib.crc32(k.encode()) if isinstance(k, str) else int(k) for k in key]
     state = np.random.SeedSequence([int(seed), *words]).generate_state(1, np.uint64)[0]
+    # 63 bits: what manual_seed takes on every device.
     return torch.Generator(device).manual_seed(int(state >> np.uint64(1)))
 
 
@@ -34,12 +36,13 @@ class Draws:
 
     u: torch.Tensor                          # (B,) time
     eps: torch.Tensor                        # (B, C, H, W) noise
-    drop: torch.Tensor | None                # (B,) label dropout
-    flip: torch.Tensor                       # (B,) bool, mirrored
-    post: torch.Tensor | None                # (B, C, H, W) the draw of a latent
+    drop: torch.Tensor = None                # (B,) label dropout
+    flip: torch.Tensor = None                # (B,) bool, mirrored
+    post: torch.Tensor = None                # (B, C, H, W) the draw of a latent
 
     def __getitem__(self, part):
-        return Draws(*(None if x is None else x[part] for x in vars(self).values()))
+        drawn = {name: x for name, x in vars(self).items() if x is not None}
+        return Draws(**{name: x[part] for name, x in drawn.items()})
 
 
 def step_draws(seed, name, step, batch, shape, device, latents, drop=True):
@@ -50,10 +53,13 @@ def step_draws(seed, name, step, batch, shape, device, latents, drop=True):
     g = generator(seed, name, step, device=device)
     u = torch.rand(batch, generator=g, device=device)
     eps = torch.randn(batch, *shape, generator=g, device=device)
-    dropped = torch.rand(batch, generator=g, device=device) if drop else None
-    flip = torch.rand(batch, generator=g, device=device) < 0.5
-    post = torch.randn(batch, *shape, generator=g, device=device) if latents else None
-    return Draws(u, eps, dropped, flip, post)
+    draws = Draws(u, eps)
+    if drop:
+        draws.drop = torch.rand(batch, generator=g, device=device)
+    draws.flip = torch.rand(batch, generator=g, device=device) < 0.5
+    if latents:
+        draws.post = torch.randn(batch, *shape, generator=g, device=device)
+    return draws
 
 
 def autocast(device, amp):
@@ -73,7 +79,9 @@ def share_out(net, device):
     """The network under DistributedDataParallel, where there are several processes."""
     if world() == 1:
         return net
-    ids = [device.index] if device.type == "cuda" else None
+    ids = None
+    if device.type == "cuda":
+        ids = [device.index]
     # No buffers to broadcast: the text table never changes.
     return nn.parallel.DistributedDataParallel(net, device_ids=ids, broadcast_buffers=False)
 
@@ -96,9 +104,11 @@ def optimizer_of(net, lr, device, amp):
     """
     params = [p for p in net.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
-    scale, interval = (2.0**16, 2000) if amp == "fp16" else (1.0, 2**31 - 1)
-    scaler = torch.amp.GradScaler(device.type, init_scale=scale, growth_interval=interval)
-    return optimizer, scaler
+    # A scale of 1 that never grows.
+    scale = {"init_scale": 1.0, "growth_interval": 2**31 - 1}
+    if amp == "fp16":
+        scale = {"init_scale": 2.0**16, "growth_interval": 2000}
+    return optimizer, torch.amp.GradScaler(device.type, **scale)
 
 
 def backward(scaler, loss):
@@ -115,7 +125,9 @@ def optimizer_step(optimizer, scaler, net, lr, grad_clip, amp):
     """
     optimizer.param_groups[0]["lr"] = lr
     scaler.unscale_(optimizer)
+    # The norm is that of the gradients themselves, after unscaling and before clipping.
     norm = nn.utils.clip_grad_norm_(net.parameters(), grad_clip or math.inf)
+    # Leaves the weights as they are where a gradient is not finite.
     scaler.step(optimizer)
     # Only fp16 needs another scale after a bad step: a scale of 1 would decay into underflow.
     scaler.update(None if amp == "fp16" else 1.0)

@@ -28,6 +28,7 @@ class DeviceRows:
             return
         dtype = torch.from_numpy(array[:1].copy()).dtype
         self.data = torch.empty((len(keep), *array.shape[1:]), dtype=dtype, device=device)
+        # In chunks: a copy of the whole would need as much memory of the CPU once more.
         for lo in range(0, len(keep), 4096):
             self.data[lo:lo + 4096] = self._read(keep[lo:lo + 4096]).to(device)
 
@@ -36,8 +37,11 @@ class DeviceRows:
         return sound_rows(torch.from_numpy(self.array[rows]), rows, file)
 
     def _gather(self, rows):
-        values = self._read(self.keep[rows.numpy()])
-        return values.pin_memory() if self.device.type == "cuda" else values
+        values = self._read(self.keep[rows.numpy()])                  # (b, ...)
+        if self.device.type == "cuda":
+            # Only from pinned memory a copy goes on beside the computation.
+            values = values.pin_memory()
+        return values
 
     def get(self, rows, ahead=None):
         """Places (b,) in `keep`, int64 on the CPU -> (b, ...); ahead: the places asked for next."""
@@ -45,8 +49,9 @@ class DeviceRows:
             return self.data[rows.to(self.device, non_blocking=True)]
         asked, future = self.next
         if asked == rows.numpy().tobytes():
-            values = future.result()
+            values = future.result()                                  # (b, ...)
         else:
+            # The first step of a call, or another order than was announced.
             values = self._gather(rows)
         if ahead is not None:
             self.next = (ahead.numpy().tobytes(), self.pool.submit(self._gather, ahead))
@@ -71,9 +76,11 @@ def as_input(x, latent_scale, post, mirrored=None):
     that latent_scale multiplies. mirrored (n,) bool: these are turned round.
     """
     if latent_scale is None:
-        x = to_pixels(x)
+        x = to_pixels(x)                             # float32 in [-1, 1]
     else:
         x = sample_latents(x, latent_scale, post)
     if mirrored is not None:
+        # Left and right change places, sample by sample.
         x = torch.where(mirrored.view(-1, 1, 1, 1), x.flip(-1), x)
+    # The memory format of the networks: convolutions are faster in it.
     return x.contiguous(memory_format=torch.channels_last)

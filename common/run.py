@@ -29,6 +29,7 @@ class Run:
     def __init__(self, out, parts, settings, args, device):
         self.out = out
         self.parts = parts
+        # Plain values only, so that it loads without pickled code.
         flags = {k: v for k, v in vars(args).items() if k not in ("device", "overwrite")}
         self.settings = {**flags, **settings}
         self.args = args
@@ -44,6 +45,7 @@ class Run:
         args = self.args
         n = sum(p.numel() for p in net.parameters() if p.requires_grad)
         epochs = self.steps * self.batch / images
+        # Weights, their average and AdamW's two moments, in float32.
         megabytes = (16 * n + disk) / 2**20 + 1
         log(f"{who} {n / 1e6:.2f} M parameters, {process.name}, {images:,} images, {self.steps:,} "
             f"steps of {self.batch} = {epochs:,.1f} effective epochs, lr {args.lr:g} "
@@ -54,7 +56,7 @@ class Run:
         """The loop begins, with a progress bar: what came before was no training."""
         self.bar = progress(total=self.steps, initial=self.step, desc=str(self.out))
         self.begun = time.time()
-        self.first = self.step
+        self.first = self.step                       # where this call began
         self.said = False
 
     def resume(self, path):
@@ -62,11 +64,13 @@ class Run:
         state = load_pt(path)
         for name, part in self.parts.items():
             if torch.is_tensor(part):
+                # In place: the loop holds the same tensor.
                 part.copy_(state[name])
             elif part is not None:
                 part.load_state_dict(state[name])
         self.step = state["step"]
         self.before = state["seconds"]
+        # Bad steps in a row are counted anew: a checkpoint is only written where they are few.
         self.bad = BadSteps(self.bad.counts.device, state.get("skipped", 0))
         log(f"resuming at step {self.step:,}")
         return state

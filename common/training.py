@@ -46,6 +46,7 @@ def load_class_weights(path, data):
     check_origin(path, data)
     what = f"class weights, float32 ({data.num_classes},)"
     w = np.array(load_npy(path, what, (data.num_classes,), "f"), np.float64)
+    # One class may weigh nothing, but not all of them.
     need(np.isfinite(w).all() and (w >= 0).all() and w.any(),
          f"{path}: weights must be finite, not negative and not all zero; run reweight.py again")
     return w
@@ -55,7 +56,7 @@ def load_text(folder, num_classes):
     """Text tokens (K, L, d) and mask (K, L) of attach.py, or (None, None) where it made none."""
     if not (folder / "text.npy").exists():
         return None, None
-    shape = (num_classes, None, None)
+    shape = (num_classes, None, None)                # (K, L, d)
     text = np.array(load_npy(folder / "text.npy", "text tokens, float16 (K, L, d)", shape, "f"))
     mask = load_npy(folder / "text_mask.npy", "text mask, bool (K, L)", text.shape[:2], "b")
     check_finite(text, folder / "text.npy", "text tokens")
@@ -77,6 +78,7 @@ def load_visual(folder, m):
          f"{path}: shape {shape}, but {m} kept images need ({m}, tokens, d), or ({m}, 2, tokens, "
          "d) with flips; run attach.py again")
     check_finite(visual[:4096], path, "visual tokens")
+    # They are interpolated to the grid of the network.
     tokens = shape[-2]
     need(math.isqrt(tokens) ** 2 == tokens,
          f"{path}: {tokens} tokens do not make a square grid; run attach.py again")
@@ -93,6 +95,7 @@ def need_same(path, known, mine, ours, remedy="its weights would mean something 
 
 def need_trained_on(path, known, data):
     """A checkpoint that was trained on other images than those of a data folder is refused."""
+    # The sha256 says that it is the same data set; the others say what differs, in words.
     _, channels, size = training_source(data)
     mine = {"num_classes": data.num_classes, "channels": channels, "size": size,
             "latents": data.latents is not None, "data_sha256": data.info["sha256"]}
@@ -110,6 +113,7 @@ def inherit_flags(args, kinds, path, known):
         need(name in known or getattr(args, name, None) is not None,
              f"{path}: does not say with which {name} it was trained; {remedy}")
     fields(path, known, **{name: kind for name, kind in kinds.items() if name in known})
+    # Values of a later version, or of another trainer.
     for name, choices in (("amp", AMP), ("schedule", ("constant", "cosine"))):
         was = known.get(name)
         need(was in (None, *choices), f"{path}: was trained with {name} = {was!r}, which is none "
