@@ -31,11 +31,10 @@ class Kind:
     """What the answers need to know of a run by its name."""
     role: str                # full, random, selected (by a method), attached (to random images)
     title: str = ""          # in sentences
-    asked: bool = True       # RUNS of run_all.sh may name it
 
 
-# The names that run_all.sh gives its runs. The answers look for these, and for them with a budget
-# behind (pruned-0.4) or with another score (pruned-moderate); others stand in the table alone.
+# The runs that run_all.sh may be asked for. The answers look for these names, and for them with a
+# budget behind (pruned-0.4) or with another score (pruned-moderate); others stand in the table alone.
 RUNS = {
     "full":                Kind("full"),
     "random":              Kind("random"),
@@ -43,11 +42,12 @@ RUNS = {
     "pruned":              Kind("selected", "Pruning"),
     "pruned-dro":          Kind("selected", "Pruning + DRO weights"),
     "pruned-dro-resample": Kind("selected", "Pruning + DRO resampling"),
-    "d2c-random":          Kind("random", asked=False),       # where D2C keeps another number
     "d2c-select":          Kind("selected", "D2C Select"),
     "d2c-select-attach":   Kind("selected", "D2C Select + Attach"),
 }
 FULL = "full"
+# What a subset has to beat; the second where D2C keeps another number of images than pruning.
+RANDOM = ("random", "d2c-random")
 # Comparisons on the same images: run, its rival, and how the sentence calls them.
 DRO = (("pruned-dro", "pruned", "DRO reweighting", "the same images unweighted"),
        ("pruned-dro-resample", "pruned", "DRO resampling", "the same images unweighted"),
@@ -496,14 +496,11 @@ def title(run, roles=("selected",)):
     return None
 
 
-def rival_of(t, run, families=None):
-    """The row of one of these families (default: the random ones) with as many images, or None.
+def rival_of(t, run, families=RANDOM):
+    """The row of one of these families with as many images, or None.
 
     A subset is compared at its own size only.
     """
-    # D2C may keep another number than pruning, and then has a random row of its own.
-    if families is None:
-        families = [name for name, kind in RUNS.items() if kind.role == "random"]
     for name, row in t.items():
         if family(name) in families and set(row["kept"]) == set(t[run]["kept"]):
             return name
@@ -1094,7 +1091,7 @@ def parse_args(argv=None):
                    "data sets or networks, to compare the order of the runs with")
     p.add_argument("--encoder", help="judge of the table; default: the first under which the first "
                    "run was measured")
-    common.add_list_flag(p, runs=[name for name, kind in RUNS.items() if kind.asked])
+    common.add_list_flag(p, runs=RUNS)
     return p.parse_args(argv)
 
 
