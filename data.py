@@ -244,7 +244,7 @@ def workshop(out):
     place = out / ".data"
     if common.rank() == 0:
         # The folder's lock says that what a killed call left there has no owner.
-        for old in out.glob(".data*"):
+        for old in filter(Path.is_dir, out.glob(".data*")):
             shutil.rmtree(old)
         place.mkdir()
     try:

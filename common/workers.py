@@ -12,11 +12,14 @@ from concurrent.futures.process import BrokenProcessPool
 
 from common.errors import UserError
 
+ENDS = (signal.SIGTERM, signal.SIGINT)
+
 
 def start_worker():
     """Signals belong to the main process; a worker goes when its main process was killed."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDS)
     parent = os.getppid()
 
     def watch():
@@ -24,6 +27,16 @@ def start_worker():
             time.sleep(1)
         os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
+
+
+def start(pool):
+    """Start all workers now: they fork before a progress bar starts a thread of its own."""
+    # Python loses a signal that comes while it forks.
+    signal.pthread_sigmask(signal.SIG_BLOCK, ENDS)
+    try:
+        pool.submit(os.getpid)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDS)
 
 
 @contextlib.contextmanager
@@ -35,9 +48,8 @@ def open_pool(workers):
         # Fork: a fresh interpreter would import torch again in every worker.
         method = "fork" if sys.platform == "linux" else None
         pool = ProcessPoolExecutor(workers, multiprocessing.get_context(method), start_worker)
-        # All fork at the first job: now, before a progress bar starts a thread of its own.
-        pool.submit(os.getpid)
     try:
+        start(pool)
         yield pool
     except BrokenProcessPool as e:
         raise UserError("a worker process was killed, most likely for want of memory; use fewer "

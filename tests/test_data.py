@@ -342,6 +342,7 @@ def test_a_call_killed_before_its_record_was_whole(folder, tmp_path, monkeypatch
     assert json.loads(file.read_text())["seconds"] > 0
     (tmp_path / "o" / ".data").mkdir()                                # as a kill in the middle leaves it
     (tmp_path / "o" / ".data" / "images.part.npy").write_bytes(b"half")
+    (tmp_path / "o" / ".dataset.abcd1234.tmp.json").write_text("{")
     run(folder, "--out", tmp_path / "o", "--overwrite")
     assert before == {p.name: p.read_bytes() for p in (tmp_path / "o").iterdir() if p != file}
 
