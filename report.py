@@ -34,7 +34,7 @@ class Kind:
 
 
 # The runs that run_all.sh may be asked for. The answers look for these names, and for them with a
-# budget behind (pruned-0.4) or with another score (pruned-moderate); others stand in the table alone.
+# budget behind (pruned-0.4) or another score (pruned-moderate); others stand in the table alone.
 RUNS = {
     "full":                Kind("full"),
     "random":              Kind("random"),
