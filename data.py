@@ -16,10 +16,9 @@ SOURCE  digits     1 797 real 8x8 handwritten digits, embedded (data/digits.npz)
 --size S resizes and centre-crops as ADM, DiT and SiT do (Dhariwal & Nichol 2021).
 --vae V  adds the latents of a VAE (an AutoencoderKL of diffusers, by name or folder): the
          posterior's mean and std of every image, unscaled, from which train.py draws anew in every
-         step. --latents-only stores no pixels: images are decoded, cropped, encoded and forgotten,
-         the held-out split is left out. torchrun shares the work out. To resume: the same command
-         again. What needs pixels of a kept subset later (attach.py --images) gets them from the
-         same source: --indices keep.npy --out D.
+         step. --latents-only stores no pixels and no held-out split. torchrun shares the work out.
+         To resume: the same command again. What needs pixels of a kept subset later (attach.py
+         --images) gets them from the same source: --indices keep.npy --out D.
 
 Writes  OUT/images.npy uint8 (N, H, W, C), order of the source kept;  labels.npy int64 (N,);
         classes.txt, files.txt;  dataset.json;  preview.png;
@@ -63,11 +62,12 @@ def adm_crop(image, size):
     Box halving while it is twice too large, then bicubic (Dhariwal & Nichol 2021, their code).
     """
     from PIL import Image
+    # Averages of 2 x 2 first: bicubic alone would be coarser.
     while min(image.size) >= 2 * size:
         half = (image.width // 2, image.height // 2)
         image = image.resize(half, Image.Resampling.BOX)
     scale = size / min(image.size)
-    scaled = (round(image.width * scale), round(image.height * scale))
+    scaled = (round(image.width * scale), round(image.height * scale))    # (w, h)
     image = image.resize(scaled, Image.Resampling.BICUBIC)
     left = (image.width - size) // 2
     top = (image.height - size) // 2
@@ -77,6 +77,7 @@ def adm_crop(image, size):
 def to_rgb(image):
     """A PIL image of any mode in RGB: 16 bits become 8, transparent pixels white."""
     from PIL import Image
+    # Nobody says whether they end at 1, at 255 or elsewhere.
     if image.mode == "F":
         raise ValueError("float pixels, whose range is not known; save it with 8 or 16 bits")
     if image.mode.startswith("I"):
@@ -103,6 +104,7 @@ def read_image(source, size=None):
         # Pillow wants grey as (h, w).
         image = Image.fromarray(source[..., 0] if source.shape[2] == 1 else source)
     with image:
+        # A camera may have been held upright: height and width change places.
         ImageOps.exif_transpose(image, in_place=True)
         grey = image.mode in GREY
         image = to_rgb(image)
@@ -117,6 +119,7 @@ def content_sha256(images, labels, look=None):
     It is the same whatever wrote the files. look(rows) sees every part on the way, so that nothing
     large is read twice.
     """
+    # The shape first: the same bytes may be wide or high images.
     digest = hashlib.sha256(str(tuple(map(int, images.shape))).encode())
     for lo in range(0, len(images), 1024):
         rows = np.ascontiguousarray(images[lo:lo + 1024])    # (b, ...)
@@ -197,7 +200,7 @@ def decode_images(images, shape, size, skip_bad):
 class Decoder:
     """decode([rows (b,), ...]) yields the pixels uint8 (b, H, W, C) of each, read and cropped.
 
-        decode = Decoder(args, images, shape, batch)
+        decode = Decoder(args, images, shape)
         with common.open_pool(decode.workers) as decode.pool:
             common.fill(out, "images", (n, *shape), np.uint8, batch, decode, stream=True)
 
@@ -205,17 +208,17 @@ class Decoder:
     time. With --skip-bad unreadable images are black and stand in .faults.
     """
 
-    def __init__(self, args, images, shape, batch):
+    def __init__(self, args, images, shape):
         self.images = images
         self.work = functools.partial(decode_images, shape=shape, size=args.size,
                                       skip_bad=args.skip_bad)
         self.faults = {}    # {row: what is wrong with the image}
-        self.all_grey = images.ndim == 1 or shape[2] == 1
+        self.all_grey = images.ndim == 1 or shape[2] == 1    # as far as is known
         # Pixels of this shape are as they should be.
         self.ready = images.shape[1:] == shape
         # --workers counts for a machine: each process of torchrun has its share.
         share = args.workers // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        useful = 1 if self.ready else math.ceil(len(images) / batch)
+        useful = 1 if self.ready else math.ceil(len(images) / 64)
         self.workers = max(1, min(share, useful))
 
     def __call__(self, batches):
@@ -232,6 +235,7 @@ class Decoder:
 
     def outcome(self):
         """({row: fault} in their order, whether all images were grey), of all processes."""
+        # Each process has seen its rows alone.
         shares = common.gather((self.faults, self.all_grey))
         everyone = common.from_rank0(lambda: shares)
         faults = {row: fault for share, _ in everyone for row, fault in share.items()}
@@ -263,22 +267,18 @@ def need_room(out, shape, dtype):
         common.log(f"data.py: {size / 1e9:.1f} GB will be written to {out}")
 
 
-def rows_at_once(shape):
-    """How many images (H, W, C) a worker is given at a time: 32 MB, 512 at most."""
-    return max(1, min(512, 2**25 // math.prod(shape)))
-
-
 def fill_pixels(file, shape, compute, **kw):
-    """common.fill of FILE, uint8 (n, H, W, C), in every process. Returns its memory map."""
+    """common.fill of FILE, uint8 (n, H, W, C), shared by all processes. Returns its memory map."""
     need_room(file.parent, shape, np.uint8)
-    batch = rows_at_once(shape[1:]) * common.world()
+    # 32 MB at a time, as long as that is not too many small images for one worker.
+    batch = max(1, min(512, 2**25 // math.prod(shape[1:]))) * common.world()
     return common.fill(file.parent, file.stem, shape, np.uint8, batch, compute, **kw)[0]
 
 
 def decode_split(args, images, file):
     """FILE, uint8 (n, H, W, C), of the images. Returns (its memory map, {row: fault}, all grey)."""
     shape = shape_of(args, images)
-    decode = Decoder(args, images, shape, rows_at_once(shape))
+    decode = Decoder(args, images, shape)
     with common.open_pool(decode.workers) as decode.pool:
         pixels = fill_pixels(file, (len(images), *shape), decode, stream=True)
         return pixels, *decode.outcome()
@@ -289,6 +289,7 @@ def reduced(pixels, rows, channels):
     shape = (len(rows), *pixels.shape[1:3], channels)
     if shape == pixels.shape:
         return pixels
+    # A second pass over the file: only now is it known what all images have in common.
     file = Path(pixels.filename)
     smaller = file.with_name("reduced.npy")
     fill_pixels(smaller, shape, lambda part: pixels[rows[part]][..., :channels])
@@ -319,7 +320,7 @@ def check_decoded(args, source, vae):
     counts = np.bincount(source.train.labels, minlength=len(source.classes))    # (K,)
     common.need(counts.all(), f"{args.source}: class '{source.classes[np.argmin(counts)]}' has no "
                               "readable image left; give it some or leave the class out")
-    sides = source.train.images.shape[1:3]
+    sides = source.train.images.shape[1:3]    # (H, W)
     for split in source.splits.values():
         theirs = split.images.shape[1:3]
         common.need(theirs == sides, f"{args.source}: held-out images are {theirs}, but the others "
@@ -349,6 +350,7 @@ def build(args, source, vae, stage):
         if args.as_folder:
             write_pngs(args.out, source, args.workers)
         elif common.rank() == 0:
+            # Killed from here on, the folder has no description and is none.
             for split in source.splits.values():
                 file = Path(split.images.filename)
                 os.replace(file, args.out / file.name)
@@ -359,7 +361,7 @@ def build(args, source, vae, stage):
 
 def describe(args, source, shape):
     """The content of dataset.json but for the hashes; shape: (H, W, C) of the images."""
-    counts = np.bincount(source.train.labels, minlength=len(source.classes)).tolist()
+    counts = np.bincount(source.train.labels, minlength=len(source.classes)).tolist()    # (K,)
     info = {"name": Path(args.source).stem, "num_images": sum(counts), "num_classes": len(counts),
             "height": shape[0], "width": shape[1], "channels": shape[2], "num_test": 0,
             "class_counts": counts, "source": args.source, "indices": None}
@@ -387,6 +389,7 @@ def save_preview(path, split, num_classes, seed, most=10):
     images = split.images    # (N, H, W, C)
     # Tiles of 64 to 128 pixels, with a gap of two.
     side = min(128, max(64, *images.shape[1:3]))
+    # Seldom all classes: a thousand rows would be no picture.
     shown = np.linspace(0, num_classes - 1, min(most, num_classes)).round()
     shown = np.unique(shown.astype(int))
     sheet = Image.new("RGB", (most * (side + 2), len(shown) * (side + 2)), "white")
@@ -396,6 +399,7 @@ def save_preview(path, split, num_classes, seed, most=10):
         for i, row in enumerate(np.sort(drawn)):
             rgb = np.broadcast_to(images[row], (*images.shape[1:3], 3))    # (H, W, 3)
             tile = Image.fromarray(np.ascontiguousarray(rgb))
+            # Small images keep their pixels, large ones are averaged.
             factor = side / max(tile.size)
             size = [max(1, int(length * factor)) for length in tile.size]
             kind = Image.Resampling.NEAREST if factor > 1 else Image.Resampling.BOX
@@ -409,7 +413,7 @@ def save_pngs(file, first, names):
     from PIL import Image
     images = np.load(file, mmap_mode="r")    # (N, H, W, C)
     if images.shape[3] == 1:
-        images = images[..., 0]
+        images = images[..., 0]    # Pillow wants grey as (H, W).
     for row, name in enumerate(names, first):
         # Straight to its name: flushing each small file takes minutes, and classes.txt, which
         # comes last, says that all are there.
@@ -430,6 +434,7 @@ def write_pngs(out, source, workers):
             (top / folders[k]).mkdir(parents=True, exist_ok=True)
         names = [top / folders[k] / f"{row:06d}.png" for k, row in zip(split.labels, split.rows)]
         firsts = range(0, len(names), 64)
+        # Portions: a job for each file would cost more than the file.
         portions = [names[lo:lo + 64] for lo in firsts]
         with common.open_pool(min(workers, len(portions))) as pool:
             files = itertools.repeat(split.images.filename)
@@ -454,6 +459,7 @@ def begin_latents(args, source, vae, stage):
         common.log(f"data.py: note: the {len(source.test.labels)} held-out images are left out, "
                    "--latents-only stores no pixels")
         source.test = None
+    # At most the first image is read here, to know what is coming.
     height, width, _ = shape_of(args, source.train.images)
     need_room(args.out, latent_shape(vae, len(source.train.labels), height, width), np.float16)
     info = describe(args, source, (height, width, 3))
@@ -467,6 +473,7 @@ def images_to_encode(args, source):
     """The pixels that stand in OUT; with --latents-only the source, which must be as it was."""
     if not args.latents_only:
         return np.load(args.out / "images.npy", mmap_mode="r")
+    # Row i of the latents has to stay image i.
     train = source.train
     names = common.load_lines(args.out / "files.txt")
     labels = np.load(args.out / "labels.npy")
@@ -482,8 +489,7 @@ def encode(args, images, info, vae, device):
     from models.diffusion import to_pixels
     channels = channels_of(images)
     shape = latent_shape(vae, len(images), info["height"], info["width"])
-    batch = max(1, args.batch_size // common.world())
-    decode = Decoder(args, images, (info["height"], info["width"], channels), batch)
+    decode = Decoder(args, images, (info["height"], info["width"], channels))
 
     def latents(batches):
         for rows, pixels in zip(batches, decode(batches)):    # (b,), (b, H, W, C)
@@ -502,6 +508,7 @@ def encode(args, images, info, vae, device):
     with common.open_pool(decode.workers) as decode.pool:
         z, seconds = common.fill(args.out, "latents", shape, np.float16, args.batch_size, latents,
                                  stream=True)
+    # z (N, 2c, h, w) is a memory map.
     common.log(f"data.py: {z.nbytes / 1e6:,.1f} MB of latents {shape} of {args.vae}, "
                f"{seconds:.1f} s over all processes")
     common.from_rank0(lambda: describe_latents(args, z, info, vae.scale))
@@ -515,6 +522,7 @@ def describe_latents(args, z, info, scale):
     def look(rows):
         sums[:] += latent_sums(rows)
     digest = content_sha256(z, np.load(args.out / "labels.npy"), look)
+    # Of what a model sees: train.py compares, for latents of another scale train without an error.
     mean, std = latent_moments(sums, scale)
     about = {"vae": args.vae, "scale": scale, "mean": mean, "std": std, "sha256": digest}
     common.save_json(args.out / "latents.json", about)
@@ -573,6 +581,7 @@ def read_cifar10(root):
     from torchvision.datasets import CIFAR10
     if root.name == CIFAR10.base_folder:
         root = root.parent
+    # What torchvision makes before a download that then fails.
     new = [p for p in (root, *root.parents) if not p.exists()]
     timeout = socket.getdefaulttimeout()
     # A network that swallows packets would hang for minutes.
@@ -656,6 +665,7 @@ def scan_split(root, classes, suffixes, held_out=False):
     files = []
     labels = []
     others = 0
+    # Without classes the folder itself is the only one.
     for k, name in enumerate(classes or [""]):
         folder = root / name
         # A class may be missing among held-out images.
@@ -674,6 +684,7 @@ def scan_split(root, classes, suffixes, held_out=False):
 def scan_folder(top):
     """A folder of images as a source: lists of files, nothing decoded."""
     from PIL import Image
+    # Pillow knows all its formats only after this.
     Image.init()
     suffixes = {s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     names = {p.name for p in visible(top) if p.is_dir()}
@@ -686,6 +697,7 @@ def scan_folder(top):
     train, others = scan_split(root, classes, suffixes)
     source = Source([printable(c) for c in classes] or ["image"], train)
     if apart and len(names) > 1:
+        # Where both are there, test/ is the one that nobody has tuned on.
         held_out = top / ("test" if "test" in names else "val")
         theirs = class_folders(held_out, suffixes)
         alike = bool(theirs) == bool(classes) and set(theirs) <= set(classes)
@@ -700,12 +712,12 @@ def scan_folder(top):
 
 def npz_split(path, arrays, name, labels):
     """The Split in two arrays of an .npz, checked. All labels are 0 where they are not there."""
-    x = arrays[name]
+    x = arrays[name]    # (n, H, W) or (n, H, W, C)
     common.need(x.dtype == np.uint8 and x.ndim in (3, 4) and 0 not in x.shape
                 and x.shape[3:] in ((), (1,), (3,)),
                 f"{path}: {name} is {x.dtype} {x.shape}, but must be uint8 (N, H, W) or (N, H, W, "
                 "1 or 3), values 0..255")
-    y = arrays.get(labels, np.zeros(len(x), np.int64))
+    y = arrays.get(labels, np.zeros(len(x), np.int64))    # (n,) or (n, 1)
     common.need(y.dtype.kind in "iu" and y.shape in ((len(x),), (len(x), 1)),
                 f"{path}: {labels} is {y.dtype} {y.shape}, but must be integers ({len(x)},): one "
                 f"for each of the {name}")
@@ -731,6 +743,7 @@ def npz_classes(path, arrays, num_classes):
     """The class names of an .npz, or their numbers."""
     if "classes" not in arrays:
         return ["image"] if num_classes == 1 else [str(k) for k in range(num_classes)]
+    # Bytes or text, of any shape.
     names = [printable(str(c)) for c in arrays["classes"].astype(str).ravel()]
     common.need(len(names) == len(set(names)) == num_classes,
                 f"{path}: {len(names)} names in 'classes' for {num_classes} classes; there must be "
@@ -762,13 +775,6 @@ def read_npz(path):
     return source
 
 
-def read_digits():
-    """The embedded digits."""
-    source = read_npz(DIGITS)
-    source.classes = list(DIGIT_NAMES)
-    return source
-
-
 def open_pixels(folder):
     """common.open_data of a folder that has to hold pixels."""
     data = common.open_data(folder, pixels=False)
@@ -781,6 +787,7 @@ def open_pixels(folder):
 def read_data_folder(folder):
     """A data folder made earlier as a source."""
     data = open_pixels(folder)
+    # Memory maps: what is not asked for is not read.
     train = of_array("images", data.images, data.labels)
     file = folder / "files.txt"
     if file.exists():
@@ -809,7 +816,7 @@ def read_source(args):
     """The Source that the command line names."""
     kind = kind_of(args.source)
     if kind == "digits":
-        return read_digits()
+        return dataclasses.replace(read_npz(DIGITS), classes=list(DIGIT_NAMES))
     if kind == "cifar10":
         return read_cifar10(args.root)
     readers = {"npz": read_npz, "data": read_data_folder, "folder": scan_folder}
@@ -825,6 +832,7 @@ def load_source(args):
     if common.rank() == 0:
         common.barrier()
     train = source.train
+    # The held-out images go along, whatever is kept of the others.
     if args.indices:
         n = len(train.labels)
         keep = common.load_indices(args.indices, n, train.labels, len(source.classes))    # (m,)
@@ -845,6 +853,7 @@ def open_vae(args):
 
 def open_stage(args):
     """OUT, which stays as it is until begin()."""
+    # Of a folder of images and of torchvision's files there is no hash: their path counts.
     kind = kind_of(args.source)
     inputs = {"indices": args.indices, "npz": {"digits": DIGITS, "npz": args.source}.get(kind)}
     if kind == "data":
@@ -894,6 +903,7 @@ def parse_args(argv=None):
     common.add_run_flags(p, seed="draws the images of preview.png",
                          overwrite="make the folder again although it stands")
     args = p.parse_args(argv)
+    # Only the encoding is worth several processes.
     if not args.vae:
         common.single_process("data.py without --vae")
     common.free_for_output(args.out)
@@ -934,6 +944,7 @@ def check_flags(args):
     common.need(not (args.skip_bad and args.indices) or kind_of(args.source) == "data",
                 "--indices with --skip-bad: rows left out would shift the indices; make a data "
                 "folder first, export from that")
+    # Whether they fit the source shows when that is read.
     if args.indices:
         common.load_npy(args.indices, "kept indices, int64 (M,)", (None,), "iu")
     if args.as_folder and args.out.is_dir():
@@ -946,7 +957,7 @@ def check_flags(args):
 
 def say(args, info, seconds):
     """The last lines."""
-    counts = info["class_counts"]
+    counts = info["class_counts"]    # (K,)
     text = (f"data.py: {args.out}: {info['num_images']} images "
             f"{info['height']}x{info['width']}x{info['channels']}, {len(counts)} classes of "
             f"{min(counts)} to {max(counts)}, {info['num_test']} held out")
@@ -956,6 +967,7 @@ def say(args, info, seconds):
         text += f", latents of {args.vae}"
     pace = (info["num_images"] + info["num_test"]) / seconds
     common.log(f"{text}; {seconds:.1f} s, {pace:.0f} images/s")
+    # Statistics of a class, as in prune.py and evaluate.py, need more.
     if min(counts) < 10:
         small = sum(c < 10 for c in counts)
         common.log(f"data.py: warning: {small} classes hold fewer than 10 images, the smallest "
