@@ -90,6 +90,9 @@ def check_choices(what, c):
         # 0 and 00 would be two names of one repetition.
         need(seed == "0" or not seed.startswith("0"),
              f"SEEDS={c.SEEDS}: must be without leading zeros")
+    for name in LISTS:
+        words = getattr(c, name).split()
+        need(len(set(words)) == len(words), f"{name}=\"{' '.join(words)}\" names something twice")
     for name in FILES:
         path = getattr(c, name)
         need(not path or Path(path).exists(), f"{name}={path}: no such file")

@@ -32,9 +32,6 @@ def check_commands(comparison):
             script.parse_args(command.flags)
         except UserError as e:
             raise UserError(f"{command.script}: {e}") from e
-    for run in comparison.runs:
-        need(comparison.runs.count(run) == 1,
-             f"{run} would be made twice: SEEDS, KEEP or SCORE names something twice")
 
 
 def check_sizes(comparison):

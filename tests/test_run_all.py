@@ -60,7 +60,7 @@ def checked(what, source, **env):
         ("STEPS", "train.py: argument --steps", "abc -5 1.5 1e3 1e30"), ("NUM_SAMPLES", "sample.py: argument --num", "-5 0"),
         ("PER_CLASS", "prune.py: argument --per-class", "none"), ("NPROC", "", "0 two"), ("KEEP", "prune.py: argument --keep", "7 0 0.0 -0.1 1.5 nan 10% 5e-0 50e-1"),
         ("SEEDS", "train.py: argument --seed", "a -1"), ("REPORT", "", "ful"), ("TRAJECTORY", "evaluate.py: argument --trajectory-num", "0 every"),
-        ("PROCESS", "train.py: argument --process", "sde"), ("QUICK", "", "yes")) for value in values.split()),
+        ("PROCESS", "train.py: argument --process: invalid choice", "sde"), ("QUICK", "", "yes")) for value in values.split()),
     ({"STEPS": "0"}, [], "STEPS=0: must be"), ({"SEEDS": "00"}, [], "SEEDS=00: must be"), ({"SIZE": "8x8"}, ["cifar10", "cifar10"], "data.py: argument --size: 8x8"),
     ({"SCORE": "gaussian gausian"}, [], "gausian"), ({"SURROGATE": "incepton"}, [], "incepton"), ({"VISUAL": "dino"}, [], "dino"), ({"VISUAL": "inception"}, [], "inception"),
     ({"JUDGE": "fid"}, [], "fid"), ({"SIZE": "16"}, [], "SIZE=16 does nothing with digits"),
