@@ -903,16 +903,13 @@ def parse_args(argv=None):
     common.add_run_flags(p, seed="draws the images of preview.png",
                          overwrite="make the folder again although it stands")
     args = p.parse_args(argv)
-    # Only the encoding is worth several processes.
-    if not args.vae:
-        common.single_process("data.py without --vae")
-    common.free_for_output(args.out)
-    if args.source not in ("digits", "cifar10"):
-        args.source = checked_path(args)
-    check_flags(args)
-    # The record knows a folder by its whole path, from wherever the script is called.
-    if args.vae and Path(args.vae).is_dir():
-        args.vae = str(Path(args.vae).resolve())
+    if args.latents_only and not args.vae:
+        p.error("--latents-only needs --vae")
+    if args.vae and args.as_folder:
+        p.error("--as-folder writes pictures, which have no latents: leave --vae out")
+    if args.skip_bad and args.latents_only:
+        p.error("--skip-bad with --latents-only: rows left out would shift the indices of what is "
+                "later taken from the source; mend the images")
     return args
 
 
@@ -933,14 +930,19 @@ def checked_path(args):
     return str(path)
 
 
-def check_flags(args):
-    """UserError where flags contradict each other, or what stands in OUT."""
-    common.need(args.vae or not args.latents_only, "--latents-only needs --vae")
-    common.need(not (args.vae and args.as_folder), "--as-folder writes pictures, which have no "
-                                                   "latents: leave --vae out")
-    common.need(not (args.skip_bad and args.latents_only),
-                "--skip-bad with --latents-only: rows left out would shift the indices of what is "
-                "later taken from the source; mend the images")
+def check_places(args):
+    """What flags name must be there, and what stands in OUT must not be in the way.
+
+    The record knows a folder by its whole path, from wherever the script is called.
+    """
+    # Only the encoding is worth several processes.
+    if not args.vae:
+        common.single_process("data.py without --vae")
+    common.free_for_output(args.out)
+    if args.source not in ("digits", "cifar10"):
+        args.source = checked_path(args)
+    if args.vae and Path(args.vae).is_dir():
+        args.vae = str(Path(args.vae).resolve())
     common.need(not (args.skip_bad and args.indices) or kind_of(args.source) == "data",
                 "--indices with --skip-bad: rows left out would shift the indices; make a data "
                 "folder first, export from that")
@@ -978,6 +980,7 @@ def say(args, info, seconds):
 def main(argv=None):
     start = time.time()
     args = parse_args(argv)
+    check_places(args)
     vae, device = open_vae(args)
     with open_stage(args) as stage:
         if stage.done:
