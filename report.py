@@ -6,11 +6,13 @@ standard deviation. A difference counts when it lies outside the 95 % interval o
 
 Reads   RUN/metrics.json, train.args.json, samples.npy, nearest.png, trajectory.json where there is
         one, and the *.args.json of the stages before
-        --beside: report.json of other data sets or networks, for the fifth question
+        --beside: report.json of other data sets or networks, for the fifth question; a folder
+        stands for all NAME/report/report.json in it
 Writes  OUT/report.md, report.json, frontier.png, per_class.png, samples.png, nearest.png
 
     python report.py runs/digits/full runs/digits/random --out runs/digits/report
 """
+import contextlib
 import itertools
 import json
 import math
@@ -152,6 +154,24 @@ def read_picture(file):
     remedy = "remove it, or draw it again with evaluate.py --overwrite"
     with common.reading(file, "picture", remedy), common.no_bombs(), Image.open(file) as picture:
         return np.asarray(picture)
+
+
+def reports_in(places, out):
+    """The report.json named by --beside; a folder stands for those of the comparisons in it.
+
+    Not the one that is made here, nor what is no whole report: nobody asked for that by name.
+    """
+    files = []
+    for place in places:
+        if not Path(place).is_dir():
+            files.append(place)
+            continue
+        for file in sorted(Path(place).glob("*/report/report.json")):
+            with contextlib.suppress(common.UserError):
+                common.fields(file, common.load_json(file, "a report"), setting=list)
+                if file.parent.resolve() != out.resolve():
+                    files.append(file)
+    return files
 
 
 def read_beside(files, own):
@@ -1088,7 +1108,7 @@ def parse_args(argv=None):
                    help="run folders that evaluate.py has measured, the full run first")
     p.add_argument("--out", required=True, help="folder of the report")
     p.add_argument("--beside", nargs="+", default=[], metavar="FILE", help="report.json of other "
-                   "data sets or networks, to compare the order of the runs with")
+                   "data sets or networks, or the folder of their comparisons (runs)")
     p.add_argument("--encoder", help="judge of the table; default: the first under which the first "
                    "run was measured")
     common.add_list_flag(p, runs=RUNS)
@@ -1108,7 +1128,7 @@ def main(argv=None):
              f"{out}: is the run {run}, whose nearest.png the report's would replace; choose "
              "another --out")
     runs = [read_run(run) for run in args.runs]
-    others = read_beside(args.beside, setting_of(runs))
+    others = read_beside(reports_in(args.beside, Path(args.out)), setting_of(runs))
     judge = args.encoder or next(iter(runs[0].metrics["encoders"]))
     seeds_of_one_run(runs)
     notes = comparable(runs, judge) + use_trajectories(runs, judge)

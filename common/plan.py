@@ -238,7 +238,9 @@ class Comparison:
         first = c.JUDGE.split()[0]
         judged = dict(data=self.data, device=c.DEVICE, runs=runs, encoder_weights=c.JUDGE_WEIGHTS,
                       reference_stats=c.REFERENCE)
-        report = dict(encoder=first, beside="runs", out=f"{self.out}/report")
+        # The comparisons of other data sets and networks, where there is a place for them.
+        beside = "runs" if self.out.startswith("runs/") or Path("runs").is_dir() else ""
+        report = dict(encoder=first, beside=beside, out=f"{self.out}/report")
         interval = 20 if c.REPORT == "full" else ""
         self.add("evaluate.py", **judged, encoder=c.JUDGE.split(), bootstrap=interval, run=so_far)
         self.add("report.py", *runs, **report, run=so_far)

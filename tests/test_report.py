@@ -1,6 +1,7 @@
 """report.py on made-up runs: every outcome of the generated sentences, the accounting of costs, refusals, and that the pictures show what they should."""
 import argparse
 import json
+import shutil
 import math
 
 import numpy as np
@@ -518,6 +519,12 @@ def test_the_fifth_question_is_answered_by_other_reports(tmp_path, capsys):
     capsys.readouterr()
     report.main([str(tmp_path / "b/full"), "--out", str(tmp_path / "same"), "--beside", str(tmp_path / "b/report/report.json")])
     assert "the same network and data set as here" in capsys.readouterr().out and "Order of" not in (tmp_path / "same/report.md").read_text(encoding="utf-8")
+    for broken in ("c", "d"):                                         # a folder: what is no whole report in it was not asked for by name
+        (tmp_path / broken / "report").mkdir(parents=True)
+        (tmp_path / broken / "report/report.json").write_text('{"setting"' if broken == "c" else "{}")
+    report.main([*runs, "--out", str(tmp_path / "b/report"), "--beside", str(tmp_path)])
+    assert (tmp_path / "b/report/report.md").read_text(encoding="utf-8") == two and "the same network" not in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "c")
     sound = json.loads((tmp_path / "a/report/report.json").read_text())
     for change, word in ((lambda r: r["rows"]["full"].update(fd=[]), "row full"), (lambda r: r["rows"]["full"].update(fd="low"), "'fd' is a str"), (lambda r: r.pop("setting"), "setting"),
                          (None, "no such file")):
