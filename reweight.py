@@ -118,7 +118,8 @@ def uniform_rows(step, batch, seed, by_class, counts):
 def train_proxy(args, inputs, stage, device):
     """DoReMi's Algorithm 1 with classes. Returns (record (steps, 2, B) on rank 0, the run)."""
     from models.diffusion import diffusion_loss
-    B, K = args.batch_size, len(inputs.counts)
+    B = args.batch_size
+    K = len(inputs.counts)
     mine = slice(*common.shard(B))                   # this rank's part of a batch
     reference = inputs.reference.to(device, memory_format=torch.channels_last)
     proxy = inputs.proxy.to(device, memory_format=torch.channels_last).train()
@@ -221,8 +222,7 @@ def open_record(args, run, stage):
 
 def weigh(args, inputs, record, out):
     """Writes the weights, prints them beside their null. Returns what is worth recording."""
-    names = inputs.data.classes
-    K = len(names)
+    names, K = inputs.data.classes, inputs.data.num_classes
     excess = torch.from_numpy(np.array(record[:, 0]))                 # (steps, B)
     labels = torch.from_numpy(np.array(record[:, 1])).long()          # (steps, B)
     counts = torch.from_numpy(inputs.counts).double()                 # (K,)

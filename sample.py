@@ -83,12 +83,14 @@ def load_inputs(args, device):
     check_flags(args, process, settings)
     inputs = SimpleNamespace(model=model, process=process, settings=settings,
                              step=state.get("step"), vae=None, scale=None)
-    side, channels = model.size, model.channels
+    side = model.size
+    channels = model.channels
     if settings.get("latents"):
         inputs.vae = open_vae(args, settings, device)
         inputs.scale = settings["latent_scale"]
         # Decoded images: RGB, factor times as wide.
-        side, channels = side * inputs.vae.factor, 3
+        side = side * inputs.vae.factor
+        channels = 3
     inputs.shape = (args.num, side, side, channels)           # (n, H, W, C)
     out = Path(args.out)
     # From the first row on the space is reserved.
