@@ -1,13 +1,7 @@
-"""The machinery that every stage shares, in small rooms. Nothing here knows a paper.
+"""The machinery that every stage shares, in small rooms.
 
-A room is opened when one of its names is first used: `import common` loads this index alone, so
-that a formula can be imported from a stage without locks, progress bars or pictures.
-
-    import common
-
-    @common.command                       # a mistake of the user's ends in one line and exit code 2
-    def main(argv=None):
-        labels = common.load_npy(path, "labels, int64 (N,)", (None,), "iu")
+`import common` loads this index alone; the room of common.load_npy is opened when that is first
+used. So a formula can be imported from a stage without locks, progress bars or pictures.
 """
 import functools
 import importlib
@@ -20,15 +14,16 @@ ROOMS = {
     "cli": "Parser number count batch_type seed_type add_run_flags add_list_flag",
     "files": "atomic sweep need_disk free_for_output allocate write_at save_npy save_pt save_text "
              "save_json load_npy load_npz load_pt load_json load_record load_lines fields "
-             "check_kinds check_finite sound_rows named_twice sha256",
-    "stage": "Stage claim fill fill_features fill_tokens provenance upstream record_of device_seconds",
+             "check_finite sound_rows named_twice sha256",
+    "stage": "Stage claim fill fill_features fill_tokens provenance upstream record_of "
+             "device_seconds",
     "inputs": "open_data check_classes rows_by_class load_features load_scores "
               "check_origin load_indices open_kept_images text_tokens load_checkpoint "
               "open_checkpoint open_scorer open_encoder",
     "loop": "AMP autocast generator random_scores fast_float32 share_out step_draws lr_at "
             "optimizer_of backward optimizer_step",
-    "training": "training_source need_even_batch load_kept load_class_weights load_text load_visual "
-                "need_same need_trained_on inherit_flags",
+    "training": "training_source need_even_batch load_kept load_class_weights load_text "
+                "load_visual need_same need_trained_on inherit_flags",
     "run": "Run BadSteps divergence is_due Stop",
     "rows": "DeviceRows device_budget as_input",
     "pictures": "no_bombs save_grid rank_montage cut_montage figure save_figure save_weights "

@@ -15,6 +15,7 @@ from common.errors import UserError, machine_errors
 from common.processes import dist_timeout, rank, world
 
 
+# ----------------------------------------------------------------------------------------- flags
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """The docstring as it stands, and the default of every flag."""
 
@@ -23,6 +24,7 @@ class Parser(argparse.ArgumentParser):
     """argparse with the script's docstring as the manual page and errors of one line."""
 
     def __init__(self, doc, **kw):
+        # Without abbreviations a flag that is added later cannot change what an old command means.
         super().__init__(description=doc, formatter_class=Help, allow_abbrev=False, **kw)
 
     def error(self, message):
@@ -40,6 +42,7 @@ class Parser(argparse.ArgumentParser):
 
 def number(kind=float, low=-math.inf, high=math.inf, above=-math.inf):
     """An argparse type: a finite int or float with low <= x <= high and x > above."""
+    # The words of the refusal, made once for every flag of this type.
     bounds = []
     if above > -math.inf:
         bounds.append(f"> {above:g}")
@@ -86,10 +89,12 @@ def add_list_flag(parser, **choices):
                         help="print the choices of this name and end")
 
 
+# ---------------------------------------------------------------------------------------- the end
 @contextlib.contextmanager
 def terminated():
     """SIGTERM ends the process with 143; in a thread signals are somebody else's."""
     try:
+        # 128 + 15, what a shell shows for a process that SIGTERM ended.
         old = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     except ValueError:
         yield
@@ -117,6 +122,7 @@ def run_command(main, argv=None):
     except KeyboardInterrupt:
         code = 130
     except (Exception, SystemExit) as e:
+        # A bug keeps its traceback.
         if world() == 1:
             raise
         code = failed_rank(e, script, where)
@@ -132,6 +138,7 @@ def failed_rank(error, script, where):
     """Says what ended one of several processes; returns its exit code."""
     if isinstance(error, SystemExit):
         return error.code or 0
+    # What torch and gloo say on the ranks that are left when one has ended or does not come.
     lost = re.search(r"Ranks? ([\d, ]+) failed to pass monitoredBarrier|/gloo/|NCCL", str(error))
     if not (lost and isinstance(error, RuntimeError)):
         traceback.print_exception(error)

@@ -34,6 +34,7 @@ def reading(path, what, remedy="write it again with the script that makes it"):
     try:
         yield
     except (UserError, MemoryError):
+        # The first is such a line already, the second is the machine's fault and not the file's.
         raise
     except KeyError as e:
         raise UserError(f"{path}: lacks {e}, so it is no {what}; {remedy}") from e
@@ -62,11 +63,13 @@ def machine_errors():
         if e.errno in (*FULL, *FORBIDDEN):
             raise UserError(f"{e.filename or 'output'}: {e.strerror}; the last complete files are "
                             "intact, make room or rights and run the same command again") from e
+        # Without a file name it is no path of the user's, so it may be a bug of ours.
         if e.errno is None or e.filename is None:
             raise
         raise UserError(f"{e.filename}: {e.strerror}; mend this path and run the same command "
                         "again") from e
     except (MemoryError, RuntimeError) as e:
+        # Torch says so in words only: on a CPU one way, on a GPU another.
         of_memory = re.search("out of memory|not enough memory|allocate memory", str(e))
         if not (of_memory or isinstance(e, MemoryError)):
             raise

@@ -31,6 +31,7 @@ def atomic(path):
     On any failure the temporary file goes and `path` stays as it was.
     """
     path = Path(path)
+    # Hidden, and with the ending of the file: np.save would add one of its own.
     before, after = f".{path.stem}.", f".tmp{path.suffix}"
     fd, tmp = tempfile.mkstemp(prefix=before, suffix=after, dir=path.parent)
     os.close(fd)
@@ -38,6 +39,7 @@ def atomic(path):
         yield tmp
         with open(tmp, "rb+") as f:
             os.fsync(f.fileno())
+        # mkstemp's file is for its owner alone, which a shared folder is not.
         os.chmod(tmp, 0o666 & ~_umask())
         os.replace(tmp, path)
     except BaseException as e:
@@ -59,6 +61,7 @@ def sweep(folder):
 
 @functools.lru_cache
 def _umask():
+    # It can only be read by setting it.
     mask = os.umask(0)
     os.umask(mask)
     return mask
@@ -77,6 +80,7 @@ def need_disk(folder, size):
     """Raise UserError where the disk of an output folder has no room for so many bytes."""
     free_for_output(folder)
     absolute = Path(folder).absolute()
+    # The folder itself may still have to be made: its disk is that of the first one above it.
     place = next(p for p in (absolute, *absolute.parents) if p.exists())
     free = shutil.disk_usage(place).free
     need(size <= free, f"{folder}: {size / 1e9:,.1f} GB will be written, the disk has "
@@ -158,6 +162,7 @@ def load_npy(path, what, shape=None, kind=None):
     path = existing(path, what)
     with reading(path, f".npy file ({what} expected)"):
         array = np.load(path, mmap_mode="r", allow_pickle=False)
+    # An .npz under the name of an .npy opens, too, as an archive.
     need(isinstance(array, np.ndarray), f"{path}: an archive, not a .npy array ({what} expected)")
     if kind and array.dtype.kind not in kind:
         wanted = " or ".join(KINDS[k] for k in kind)
@@ -218,6 +223,7 @@ def load_member(path, archive, name, member):
     """One array of an .npz, after a look at its header."""
     headers = {(1, 0): np.lib.format.read_array_header_1_0,
                (2, 0): np.lib.format.read_array_header_2_0}
+    # The header alone, before a byte of the array is read.
     with archive.open(member) as f:
         shape, _, dtype = headers[np.lib.format.read_magic(f)](f)
         claim = math.prod(shape) * dtype.itemsize
@@ -260,15 +266,20 @@ def load_pt(path, what="a checkpoint", allow=()):
                         "holds pickled code, which is never run; use another file")
     kind = type(state).__name__
     need(isinstance(state, dict), f"{path}: holds a {kind}, but {what} must be a dict")
+    # The settings are looked up all over the kit.
     if isinstance(state.get("args"), dict):
         state["args"] = Part(state["args"], path)
     return Part(state, path)
 
 
-def load_json(path, what, kind=dict, **need_):
-    """The JSON value in a file, which must be of this kind. Dicts come as Part; NaN is refused."""
+def load_json(path, what, kind=dict, **kinds):
+    """The JSON value in a file, which must be of this kind. Dicts come as Part; NaN is refused.
+
+    kinds: {key: type} of what a dict must hold.
+    """
     path = existing(path, what)
 
+    # Python's reader takes NaN and Infinity, which are no JSON and which save_json never writes.
     def refuse(constant):
         raise ValueError(constant)
     try:
@@ -277,7 +288,7 @@ def load_json(path, what, kind=dict, **need_):
     except (ValueError, RecursionError) as e:
         raise UserError(f"{path}: not readable as JSON ({e}); {what} expected, {AGAIN}")
     need_kind(path, what, value, kind)
-    fields(path, value, **need_)
+    fields(path, value, **kinds)
     return value
 
 
@@ -332,9 +343,3 @@ def sha256(path):
         while block := f.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
-
-
-# TEMPORARY: until every stage has moved over to fields() and reading().
-def check_kinds(path, what, value, kind=dict, **need_):
-    need_kind(path, what, value, kind)
-    fields(path, value, **need_)

@@ -12,6 +12,8 @@ PATIENCE = datetime.timedelta(days=30)
 _meeting = None                  # the process group of CPU sockets over which Python values pass
 
 
+# ------------------------------------------------------------------------------------- who we are
+# torchrun sets these variables; a plain `python train.py` is one process, and needs no group.
 def world():
     """The number of processes."""
     return int(os.environ.get("WORLD_SIZE", 1))
@@ -30,6 +32,7 @@ def log(*parts):
 
 def progress(iterable=None, **kw):
     """tqdm on rank 0; where the output is no terminal, one line every 30 seconds."""
+    # Imported here: a formula must not pay for a bar.
     from tqdm import tqdm
     pause = 0.2 if sys.stderr.isatty() else 30
     return tqdm(iterable, disable=rank() != 0, mininterval=pause, dynamic_ncols=True, **kw)
@@ -56,6 +59,7 @@ def get_device(name="auto"):
         torch.cuda.set_device(device)
     else:
         need(device.type == "cpu", f"--device {name}: not available here; {DEVICES}")
+    # Called twice in one process by some scripts; the group is joined once.
     if world() > 1 and not torch.distributed.is_initialized():
         join(device)
     return device
@@ -66,6 +70,7 @@ def join(device):
     global _meeting
     backend = "nccl" if device.type == "cuda" else "gloo"
     torch.distributed.init_process_group(backend, timeout=dist_timeout())
+    # Over sockets also beside NCCL: for Python values, and so that rank 0 may take its time.
     _meeting = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
 
 
@@ -79,12 +84,14 @@ def single_process(script):
     need(world() == 1, f"{script} runs in one process; start it with python, not with torchrun")
 
 
+# ---------------------------------------------------------------------------------- where we meet
 def barrier(patient=False):
     """All processes meet here; one that has ended, or is DIST_TIMEOUT late, ends them all.
 
     patient: rank 0 may be as late as it likes, for what it does alone takes hours on large data.
     """
     if world() > 1:
+        # Rank 0 waits for the others by the clock; they wait for it as they are told.
         limit = PATIENCE if patient and rank() else dist_timeout()
         torch.distributed.monitored_barrier(_meeting, timeout=limit, wait_all_ranks=True)
 
