@@ -15,8 +15,9 @@ ROOMS = {
     "files": "atomic sweep need_disk free_for_output allocate write_at save_npy save_pt save_text "
              "save_json load_npy load_npz load_pt load_json load_record load_lines fields "
              "check_finite sound_rows named_twice sha256",
-    "stage": "Stage claim fill fill_features fill_tokens provenance upstream record_of "
-             "device_seconds",
+    "stage": "Stage claim provenance",
+    "rowfill": "fill fill_features fill_tokens",
+    "origins": "upstream record_of device_seconds",
     "inputs": "open_data check_classes rows_by_class load_features load_scores "
               "check_origin load_indices open_kept_images text_tokens load_checkpoint "
               "open_checkpoint open_scorer open_encoder",

@@ -129,7 +129,7 @@ def test_load_pt_never_runs_what_is_in_the_file(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------- the rooms
-ORDER = "errors processes workers cli files pictures stage inputs loop training run rows plan run_all".split()
+ORDER = "errors processes workers cli files pictures stage rowfill origins inputs loop training run rows plan run_all".split()
 
 
 def imports_of(file):
@@ -500,7 +500,7 @@ def test_fill_goes_on_where_it_stopped(tmp_path):
 def test_fill_counts_the_seconds_of_interrupted_calls(tmp_path, monkeypatch):
     """Each batch takes 40 s here. The note is kept up as it goes; what a call that finds nothing left adds is its own time, not a share of the rows'."""
     clock, stop = [0.0], [True]
-    monkeypatch.setattr(common.stage.time, "time", lambda: clock[0])
+    monkeypatch.setattr(common.rowfill.time, "time", lambda: clock[0])
 
     def compute(ids):
         if 9 in ids and stop:
@@ -538,7 +538,7 @@ def test_fill_writes_scattered_rows_at_their_places(tmp_path):
 def test_fill_marks_a_row_after_its_bytes_are_on_disk(tmp_path, monkeypatch):
     calls, sync, write = [], os.fsync, common.files.write_at
     monkeypatch.setattr(os, "fsync", lambda fd: calls.append("sync " + Path(f"/proc/self/fd/{fd}").readlink().name) or sync(fd))
-    monkeypatch.setattr(common.stage, "write_at", lambda file, *a: calls.append("write " + Path(file.name).name) or write(file, *a))
+    monkeypatch.setattr(common.rowfill, "write_at", lambda file, *a: calls.append("write " + Path(file.name).name) or write(file, *a))
     common.fill(tmp_path, "x", (2, 3), np.float32, 1, rows_of)
     row = ["write x.part.npy", "sync x.part.npy", "write x.done.npy"]
     assert [c for c in calls if c[-10:] in ("x.part.npy", "x.done.npy")] == [*row, *row, "sync x.done.npy"]
