@@ -387,7 +387,8 @@ def test_workers_end_with_the_call(what, code, tmp_path):
     (tmp_path / "go.py").write_text("import time, data\nreal = data.read_image\n"
                                     "data.read_image = lambda *a: (time.sleep(0.01), real(*a))[1]\ndata.main()\n")
     call = [sys.executable, tmp_path / "go.py", tmp_path / "s", "--size", "2", "--workers", "2", "--out", tmp_path / "o"]
-    p = subprocess.Popen([*map(str, call)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    p = subprocess.Popen([*map(str, call)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))         # a shell ignores it for what it starts in the background
     until(lambda: p.poll() is not None or len(children(p.pid)) == 2)
     workers = children(p.pid)
     time.sleep(0.5)
