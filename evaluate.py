@@ -926,15 +926,17 @@ def main(argv=None):
         if args.reference_stats:
             read_statistics(args.reference_stats, enc.width)
         teams.append(Team(enc, args.batch_size, device))
-    # Runs that are measured already need no lock.
-    busy = sorted({k for _, _, todo in jobs for k in todo})
+    # Runs that are measured already need no lock, unless a kill came between that and the record.
+    todo = {k for job in jobs for k in job[2]}
+    outs = [Path(out) for out, _ in places]
+    busy = common.from_rank0(lambda: [k for k, out in enumerate(outs)
+                                      if k in todo or not recorded(out)])
     with contextlib.ExitStack() as claimed:
         start = time.time()
         for k in busy:
-            out = Path(places[k][0])
-            claimed.enter_context(common.claim(out))
+            claimed.enter_context(common.claim(outs[k]))
             if common.rank() == 0:
-                common.sweep(out)
+                common.sweep(outs[k])
         for team, (_, weights, todo) in zip(teams, jobs):
             if common.rank() == 0:
                 measure(args, inputs, team, weights, [inputs.runs[k] for k in todo])
@@ -942,7 +944,13 @@ def main(argv=None):
             else:
                 team.follow()
         for k in busy:
-            write_record(Path(places[k][0]), data, round(time.time() - start, 3))
+            write_record(outs[k], data, round(time.time() - start, 3))
+
+
+def recorded(out):
+    """Whether a call that measured this run came to its end."""
+    record = common.record_of(out, "evaluate")
+    return record is not None and record["seconds"] is not None
 
 
 def write_record(out, data, seconds):

@@ -1136,6 +1136,7 @@ def main(argv=None):
     reached = reach(runs)
     distance = runs[0].metrics["encoders"][judge]["distance"]
     with common.claim(out):
+        common.sweep(out)
         pictures = draw_all(runs, t, distance, judge, out)
         common.save_json(out / "report.json", {
             "about": about(runs), "setting": setting_of(runs), "judge": judge, "rows": t,
