@@ -282,6 +282,11 @@ def test_second_encoder_joins_the_first(world, capsys):
     run(world), run(world, encoder="pixels")
     assert capsys.readouterr().out.count("nothing to do") == 4
     assert stamps == [(world / r / "metrics.json").stat().st_mtime_ns for r in ("full", "small")]
+    (world / "full/evaluate.args.json").unlink()                      # killed between the figures and the record
+    (world / "full/.evaluate.args.abcdefgh.tmp.json").write_text("half")
+    run(world)
+    assert json.loads((world / "full/evaluate.args.json").read_text())["seconds"] is not None and not list((world / "full").glob(".*"))
+    assert stamps == [(world / r / "metrics.json").stat().st_mtime_ns for r in ("full", "small")]
 
 
 def test_the_encoder_called_pixels_is_not_the_space_of_raw_pixels(world, monkeypatch):
