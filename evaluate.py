@@ -918,6 +918,7 @@ def main(argv=None):
     # Rank 0 alone holds the samples; the others learn which encoders to open.
     inputs = None
     if common.rank() == 0:
+        common.sweep(data.folder)                            # statistics that a kill cut short
         inputs = load_inputs(args, data, places)
     jobs = common.from_rank0(lambda: inputs.jobs)
     teams = []

@@ -1,6 +1,7 @@
 """Files: written whole or not at all, read with a check that names the file, never unpickled."""
 import contextlib
 import errno
+import fcntl
 import functools
 import hashlib
 import json
@@ -28,14 +29,17 @@ TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp(\.\w+)?")
 def atomic(path):
     """Yields a temporary name beside `path`, which is flushed and renamed at the end of the block.
 
-    On any failure the temporary file goes and `path` stays as it was.
+    On any failure the temporary file goes and `path` stays as it was. It is locked meanwhile: one
+    that is not belongs to a process that was killed, see sweep().
     """
     path = Path(path)
     # Hidden, and with the ending of the file: np.save would add one of its own.
     before, after = f".{path.stem}.", f".tmp{path.suffix}"
     fd, tmp = tempfile.mkstemp(prefix=before, suffix=after, dir=path.parent)
-    os.close(fd)
     try:
+        # A file system without locks is no reason to stop.
+        with contextlib.suppress(OSError):
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield tmp
         with open(tmp, "rb+") as f:
             os.fsync(f.fileno())
@@ -50,13 +54,20 @@ def atomic(path):
             text = f"could not be written ({str(e)[:80]})"
             raise OSError(errno.ENOSPC, text, str(path)) from e
         raise
+    finally:
+        os.close(fd)
 
 
 def sweep(folder):
-    """Remove the temporary files of a killed process; the folder's lock says that none is alive."""
+    """Remove the temporary files of atomic() in `folder` whose process was killed.
+
+    Those of the living are locked: several stages write into one data folder.
+    """
     for path in Path(folder).iterdir():
         if TEMPORARY.fullmatch(path.name) and path.is_file():
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError), open(path, "rb") as f:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
 
 
 @functools.lru_cache

@@ -8,7 +8,7 @@ import numpy as np
 
 from common.errors import UserError, need, user_errors
 from common.files import (check_finite, fields, load_json, load_lines, load_npy, load_pt,
-                          load_record, save_pt)
+                          load_record, save_pt, sweep)
 from common.processes import barrier, log, rank
 
 ANEW = "make the data folder again with data.py"
@@ -290,6 +290,7 @@ def open_encoder(name, data, device, weights=None, tokens=False):
 def make_scratch(path, data, device):
     """Train the scratch network (seed 0, the full training set) and keep it beside the data."""
     from models.scratch import train_scratch
+    sweep(data.folder)               # a killed call may have left its half of the file
     log(f"training the scratch network on {len(data.images):,} images, once: {path}")
     start = time.time()
     state = train_scratch(data.images, data.labels, data.num_classes, device,
