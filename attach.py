@@ -19,7 +19,8 @@ Reads   DATA/              images.npy or latents.npy (the posterior mean), label
         --indices keep.npy int64 (M,), instead of selecting
         --images DIR       for --visual where DATA has latents only: a data folder with the pixels
                            of the --indices, made with data.py SOURCE --indices keep.npy --out DIR
-Writes  OUT/keep.npy       int64 (M,), sorted;  OUT/difficulty.npy float32 (N,), with its pictures
+Writes  OUT/keep.npy       int64 (M,), sorted;  OUT/difficulty.npy float32 (N,)
+        OUT/difficulty.png, OUT/montage.png: what was taken, from easy to hard
         OUT/text.npy       float16 (K, L, d);  OUT/text_mask.npy bool (K, L)
         OUT/visual.npy     float16 (M, T, d), row j belongs to keep[j]; with --flips (M, 2, T, d),
                            the mirrored image second
@@ -38,7 +39,8 @@ RANKED = ("interval", "easy", "hard", "medium")                          # by di
 SELECT = (*RANKED, "random", "all")
 OUTPUTS = ("keep.npy", "difficulty.npy", "difficulty.png", "montage.png", "text.npy",
            "text_mask.npy", "visual.npy")
-SCRAPS = ("judge.npy", "*.seconds.json", "*.part.npy", "*.done.npy")
+SCRAPS = ("judge.npy", "judge.part.npy", "judge.done.npy", "judge.seconds.json",
+          "difficulty.seconds.json", "visual.seconds.json")
 
 
 # --------------------------------------------------------------------------------------- formulas
@@ -412,8 +414,11 @@ def main(argv=None):
     args = parse_args(argv)
     device = common.get_device(args.device)
     inputs = load_inputs(args)
+    # A file that is given may lie in this very folder.
+    given = {path.resolve() for path in (args.difficulty, args.indices) if path}
+    stale = [name for name in OUTPUTS if (args.out / name).resolve() not in given]
     with common.Stage("attach", args, files_of(args, inputs), outputs_of(args), free=["batch_size"],
-                      stale=OUTPUTS, scraps=SCRAPS,
+                      stale=stale, scraps=SCRAPS,
                       load=lambda: load_networks(args, inputs, device)) as stage:
         if stage.done:
             return

@@ -928,10 +928,10 @@ def main(argv=None):
             read_statistics(args.reference_stats, enc.width)
         teams.append(Team(enc, args.batch_size, device))
     # Runs that are measured already need no lock, unless a kill came between that and the record.
-    todo = {k for job in jobs for k in job[2]}
+    unmeasured = {k for _, _, todo in jobs for k in todo}
     outs = [Path(out) for out, _ in places]
     busy = common.from_rank0(lambda: [k for k, out in enumerate(outs)
-                                      if k in todo or not recorded(out)])
+                                      if k in unmeasured or not recorded(out)])
     with contextlib.ExitStack() as claimed:
         start = time.time()
         for k in busy:

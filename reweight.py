@@ -189,6 +189,7 @@ def train_proxy(args, inputs, stage, device):
         if stopping:
             stop.leave(done)                         # exit code 143
     run.bar.close()
+    stop.close()
     return record, run
 
 

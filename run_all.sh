@@ -18,7 +18,7 @@
 #   SURROGATE_WEIGHTS VISUAL_WEIGHTS JUDGE_WEIGHTS; for imagenet VAE OFFICIAL (dit, sit or empty) IMAGE_SIZE
 # and flags for the scripts: DRO (reweight.py) TRAIN (train.py) SAMPLER (sample.py).
 # Output: OUT/<run>/ and OUT/report/report.md; seeds after the first in OUT/<run>-seedN; every command in OUT/plan.txt.
-# Which runs there are, with which flags: common/run_all.py.
+# Which runs there are, with which flags: common/plan.py.
 set -euo pipefail
 export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-1000}        # idle CPU threads sleep at once: on a busy machine they would spin
 refuse() { echo "run_all.sh: error: $*" >&2; exit 2; }

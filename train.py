@@ -366,6 +366,7 @@ def train(args, inputs, stage, device):
         if stopping:
             stop.leave(done)                         # exit code 143
     run.bar.close()
+    stop.close()
     return summary(inputs, run, log, constant, device)
 
 
@@ -584,6 +585,7 @@ def load_weights(args, inputs):
     counts = np.bincount(inputs.labels, minlength=data.num_classes)
     share = w * torch.from_numpy(counts).double()    # (K,)
     inputs.class_probs = share / share.sum()
+
 
 def settings_of(args, inputs, channels, size):
     """The settings that a checkpoint carries: enough to build the network and to sample from it."""

@@ -7,12 +7,12 @@ import functools
 import importlib
 
 ROOMS = {
-    "errors": "UserError need reading user_errors machine_errors",
-    "processes": "world rank get_device dist_timeout single_process barrier all_reduce shard "
-                 "from_rank0 gather log progress",
+    "errors": "UserError need reading user_errors",
+    "processes": "world rank get_device single_process barrier all_reduce shard from_rank0 "
+                 "gather log progress",
     "workers": "open_pool work_ahead",
-    "cli": "Parser number count batch_type seed_type add_run_flags add_list_flag",
-    "files": "atomic sweep need_disk free_for_output allocate write_at save_npy save_pt save_text "
+    "cli": "Parser number count batch_type add_run_flags add_list_flag",
+    "files": "atomic sweep need_disk free_for_output allocate save_npy save_pt save_text "
              "save_json load_npy load_npz load_pt load_json load_record load_lines fields "
              "check_finite sound_rows named_twice sha256",
     "stage": "Stage claim provenance",
@@ -25,10 +25,10 @@ ROOMS = {
             "optimizer_of backward optimizer_step",
     "training": "training_source need_even_batch load_kept load_class_weights load_text "
                 "load_visual need_same need_trained_on inherit_flags",
-    "run": "Run BadSteps divergence is_due Stop",
+    "run": "Run divergence is_due Stop",
     "rows": "DeviceRows device_budget as_input",
     "pictures": "no_bombs save_grid rank_montage cut_montage figure save_figure save_weights "
-                "shown_classes class_histograms",
+                "class_histograms",
 }
 _room_of = {name: room for room, names in ROOMS.items() for name in names.split()}
 

@@ -80,7 +80,7 @@ def add_run_flags(parser, overwrite, seed=None):
 
 
 def add_list_flag(parser, **choices):
-    """Adds `--list NAME`, which prints what NAME may be, and ends; run_all.sh asks so."""
+    """Adds `--list NAME`, which prints what NAME may be, and ends."""
     class List(argparse.Action):
         def __call__(self, parser, namespace, value, option_string=None):
             print(*choices[value])

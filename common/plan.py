@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
-from common.errors import need
+from common.errors import need, reading
 
 ALL_RUNS = "full random random-attach pruned pruned-dro d2c-select d2c-select-attach"
 D2C_RUNS = ("random-attach", "d2c-select", "d2c-select-attach")
@@ -90,6 +90,9 @@ def check_choices(what, c):
         # 0 and 00 would be two names of one repetition.
         need(seed == "0" or not seed.startswith("0"),
              f"SEEDS={c.SEEDS}: must be without leading zeros")
+    for name in ("TRAIN", "DRO", "SAMPLER"):
+        with reading(name, "list of flags", "close the quotation"):
+            shlex.split(getattr(c, name))
     for name in LISTS:
         words = getattr(c, name).split()
         need(len(set(words)) == len(words), f"{name}=\"{' '.join(words)}\" names something twice")

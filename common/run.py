@@ -165,10 +165,14 @@ class Stop:
 
     def __init__(self):
         self.asked = 0
-        signal.signal(signal.SIGTERM, self._ask)
+        self.before = signal.signal(signal.SIGTERM, self._ask)
 
     def _ask(self, *_):
         self.asked += 1
+
+    def close(self):
+        """After the loop SIGTERM ends the process at once again."""
+        signal.signal(signal.SIGTERM, self.before)
 
     def asked_on_any_rank(self, done, last):
         """True on every rank once one was told to stop: all must leave after the same step.

@@ -16,7 +16,7 @@ import threading
 import time
 from pathlib import Path
 
-from common.errors import UserError, need
+from common.errors import UserError, machine_errors, need
 from common.plan import Command, Comparison, check_choices, choices_of, integer
 
 
@@ -49,7 +49,14 @@ def check_sizes(comparison):
              f"remove {out}")
         sizes[name] = now
     out.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(f"{name}={now}\n" for name, now in sizes.items()), encoding="utf-8")
+    write_whole(file, "".join(f"{name}={now}\n" for name, now in sizes.items()))
+
+
+def write_whole(file, text):
+    """A small file, whole or not at all. Not common.save_text, which costs an import of torch."""
+    half = file.with_suffix(".tmp")
+    half.write_text(text, encoding="utf-8")
+    os.replace(half, file)
 
 
 # ----------------------------------------------------------------------------------- the execution
@@ -113,7 +120,7 @@ class Runner:
         print(f"{len(comparison.runs)} trainings of {c.STEPS} steps, {c.NUM_SAMPLES} samples each, "
               f"judged by {c.JUDGE}; in this order: {names}", flush=True)
         plan = "".join(f"python {command}\n" for command in comparison.commands)
-        Path(comparison.out, "plan.txt").write_text(plan, encoding="utf-8")
+        write_whole(Path(comparison.out, "plan.txt"), plan)
         threading.Thread(target=tell_time, args=(comparison,), daemon=True).start()
         for command in comparison.commands[1:]:
             missing = without_checkpoints(comparison.runs)
@@ -163,20 +170,25 @@ def tell_time(comparison):
               f"{free:,.0f} GB of disk are free", flush=True)
 
 
+def compare(what, source, check):
+    """The whole comparison of a data set; check: only a look at what would be called."""
+    c = choices_of(what, os.environ)
+    check_choices(what, c)
+    comparison = Comparison(what, source, c)
+    if check:
+        return check_commands(comparison)
+    runner = Runner(comparison)
+    # In a process of its own: this one stays small, for it waits for hours.
+    runner.call(["-m", "common.run_all", "--check", what, source])
+    check_sizes(comparison)
+    runner.run()
+
+
 def main(argv):
     """main(["digits", "digits"]); with --check before, only looks at what would be called."""
-    what, source = argv[-2:]
     try:
-        c = choices_of(what, os.environ)
-        check_choices(what, c)
-        comparison = Comparison(what, source, c)
-        if argv[0] == "--check":
-            return check_commands(comparison)
-        runner = Runner(comparison)
-        # In a process of its own: this one stays small, for it waits for hours.
-        runner.call(["-m", "common.run_all", "--check", *argv])
-        check_sizes(comparison)
-        runner.run()
+        with machine_errors():
+            compare(*argv[-2:], check=argv[0] == "--check")
     except UserError as e:
         print(f"run_all.sh: error: {' '.join(str(e).split())}", file=sys.stderr)
         raise SystemExit(2)

@@ -64,7 +64,7 @@ def checked(what, source, **env):
     ({"STEPS": "0"}, [], "STEPS=0: must be"), ({"SEEDS": "00"}, [], "SEEDS=00: must be"), ({"SIZE": "8x8"}, ["cifar10", "cifar10"], "data.py: argument --size: 8x8"),
     ({"SCORE": "gaussian gausian"}, [], "gausian"), ({"SURROGATE": "incepton"}, [], "incepton"), ({"VISUAL": "dino"}, [], "dino"), ({"VISUAL": "inception"}, [], "inception"),
     ({"JUDGE": "fid"}, [], "fid"), ({"SIZE": "16"}, [], "SIZE=16 does nothing with digits"),
-    ({"JUDGE": "ddae scratch"}, [], "ddae needs JUDGE_WEIGHTS"),
+    ({"JUDGE": "ddae scratch"}, [], "ddae needs JUDGE_WEIGHTS"), ({"TRAIN": '--lr "1'}, [], "TRAIN: not a readable list of flags"),
     ({"JUDGE": "scratch ddae", "JUDGE_WEIGHTS": "run_all.sh"}, [], "name ddae first")])
 def test_bad_choices_are_refused_before_anything_is_made(sizes, args, says):
     with pytest.raises(common.UserError) as e:
@@ -76,6 +76,12 @@ def test_a_bad_choice_is_one_line_of_the_shell(copy):
     code, out = run_all_sh(copy, KEEP="7")
     assert code == 2 and out.startswith("run_all.sh: error: prune.py: argument --keep: 7 is out of range") and len(out.strip().splitlines()) == 1
     assert not (copy / "runs").exists() and not (copy / "data/digits").exists()
+
+
+def test_an_output_folder_that_cannot_be_is_one_line(stub):
+    there, env = stub
+    p = subprocess.run(["bash", "run_all.sh"], cwd=there, env=env | {"OUT": "run_all.sh"}, capture_output=True, text=True, timeout=60)
+    assert p.returncode == 2 and p.stderr.startswith("run_all.sh: error: run_all.sh: File exists") and len(p.stderr.splitlines()) == 1, p.stderr
 
 
 @pytest.mark.parametrize("what, env", [("digits", {}), ("digits", {"REPORT": "full", "SEEDS": "0 1", "SCORE": "gaussian el2n random kcenter"}), ("cifar10", {}), ("cifar10", {"QUICK": "1"}),
