@@ -335,8 +335,10 @@ def test_accumulation_changes_rounding_only(tiny_data, tmp_path, seen):
     assert [r["grad_norm"] for r in stats(tmp_path / "a")] == pytest.approx([r["grad_norm"] for r in stats(tmp_path / "b")], rel=1e-5)
     moments = [[s["exp_avg"] for s in state["optimizer"]["state"].values()] for state in (one, two)]
     assert max((p - q).abs().max().item() for p, q in zip(*moments)) < 1e-6 < max(p.abs().max().item() for p in moments[0]) / 100
-    # Adam divides rounding by rounding where a gradient is 0
-    assert max((one["model"][k] - two["model"][k]).abs().max().item() for k in one["model"]) < 1e-4
+    # Adam divides rounding by rounding where a gradient is 0, and then moves a weight by up to lr a step, one way or the other; all others agree.
+    apart = torch.cat([(one["model"][k] - two["model"][k]).abs().flatten() for k in one["model"]])
+    lr = one["args"]["lr"]
+    assert apart.max() <= 2 * 3 * lr and (apart > 1e-5).double().mean() < 1e-3, (apart.max(), (apart > 1e-5).double().mean(), lr)
 
 
 # ---------------------------------------------------------------------------------------------- losses that are not finite
