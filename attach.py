@@ -415,8 +415,8 @@ def main(argv=None):
     device = common.get_device(args.device)
     inputs = load_inputs(args)
     # A file that is given may lie in this very folder.
-    given = {path.resolve() for path in (args.difficulty, args.indices) if path}
-    stale = [name for name in OUTPUTS if (args.out / name).resolve() not in given]
+    given = {path.absolute() for path in (args.difficulty, args.indices) if path}
+    stale = [name for name in OUTPUTS if (args.out / name).absolute() not in given]
     with common.Stage("attach", args, files_of(args, inputs), outputs_of(args), free=["batch_size"],
                       stale=stale, scraps=SCRAPS,
                       load=lambda: load_networks(args, inputs, device)) as stage:
