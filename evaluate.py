@@ -313,7 +313,7 @@ def class_figures(z, run, ref, seed):
                                                      data.num_classes, seed, *real)
     except ValueError as e:
         common.log(f"note: no distance per class: {e}")
-    if ref.enc.name == "scratch":
+    if ref.enc.spec.needs_labels:
         read = ref.team.encode(run.images, "logits").argmax(1)        # (n,)
         out["read_as_labelled"] = float((read == run.labels).mean())
     return out

@@ -295,13 +295,15 @@ def load_inputs(args):
     groups (N,): within which images compete; m (G,): how many to keep of each; looked_at: what the
     score needs; extracts, trains: whether features or the networks of EL2N are to be made.
     """
+    from models.encoders import ENCODERS
     inputs = SimpleNamespace(features=None, scores=None, seconds=0.0)
     inputs.looked_at = SCORES[args.score].needs if args.score else "scores"
     inputs.extracts = inputs.looked_at == "features" and not args.features
     inputs.trains = inputs.looked_at == "labels" and not args.scores
     data = inputs.data = common.open_data(args.data, pixels=inputs.extracts or inputs.trains)
     common.check_classes(data, args.per_class)
-    classifies = inputs.trains or (inputs.extracts and args.surrogate == "scratch")
+    by_labels = ENCODERS[args.surrogate].needs_labels
+    classifies = inputs.trains or (inputs.extracts and by_labels)
     common.need(data.num_classes > 1 or not classifies,
                 f"{args.data}: has one class only, but --score {args.score} or --surrogate "
                 f"{args.surrogate} trains a classifier; choose one that needs no labels")
