@@ -5,10 +5,15 @@ the drawing of trajectories; the first process measures. The distance is called 
 pytorch-fid's Inception features; on any other encoder it is FD with the encoder's name. Figures
 depend on n, so n is always printed.
 
-Reads   RUN/samples.npy, sample_labels.npy, sample.args.json, train.args.json
+One trained network is one opinion: encoder scratch is --judges J networks of different seeds, every
+figure is their mean, and metrics.json keeps each judge's own, for the intervals of report.py.
+
+Reads   RUN/samples.npy, sample_labels.npy, sample.args.json, train.args.json; of several guidances
+        every samples_cfg*.npy
         --samples            instead: a .npy, .npz (arr_0 or images) or folder of pictures
         DATA/                its statistics are cached as DATA/stats_<encoder>.npz (mu, sigma, n)
-Writes  RUN/metrics.json     every figure under its encoder, with the protocol
+Writes  RUN/metrics.json     every figure under its encoder, with the protocol; of further guidances
+        RUN/metrics_cfg*.json
         RUN/nearest.png      the most suspicious samples and their nearest images
         RUN/trajectory.json  with --trajectory: the distance of every kept checkpoint
 
@@ -16,6 +21,7 @@ Writes  RUN/metrics.json     every figure under its encoder, with the protocol
 """
 import contextlib
 import hashlib
+import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +36,7 @@ from models import diffusion, encoders, memorisation, metrics
 
 # A space whose vectors would take more memory is left out of the audit.
 AUDIT_BYTES = 16e9
-DRAWS = 20                           # matched sets of the audit
+DRAWS = 20                           # matched sets of the audit; random subsets beside FD(subset)
 NOISE = 0.2                          # of its noisy copies, in the scale [-1, 1]
 # What sample.args.json says of how samples were drawn.
 DRAWN_WITH = ("sampler", "steps", "cfg", "cfg_interval", "labels", "seed", "eta", "variance", "amp")
@@ -49,6 +55,45 @@ def at_most(rows, labels, limits, rng):
     begin = np.searchsorted(labels[order], labels[order])             # of the class of each row
     place = np.arange(len(order)) - begin                             # within the class
     return np.sort(order[place < limits[labels[order]]])
+
+
+def judges_for(images):
+    """How many scratch networks judge a data set: 8 where one trains in seconds, else 3.
+
+    images: uint8 (N, H, W, C), or None.
+    """
+    small = images is None or math.prod(images.shape[:3]) <= 1_000_000
+    return 8 if small else 3
+
+
+def mean_of(rows):
+    """The mean of rows of figures, key by key and entry by entry; what is no number must agree."""
+    first = rows[0]
+    if isinstance(first, dict):
+        return {key: mean_of([row[key] for row in rows]) for key in first}
+    if isinstance(first, list):
+        return [mean_of(list(values)) for values in zip(*rows)]
+    if all(row == first for row in rows):
+        return first                     # counts stay whole numbers
+    return sum(rows) / len(rows)
+
+
+def joint(rows):
+    """One row of figures out of those of several judges [row, ...]; one judge's stays as it is.
+
+    Means throughout, but the worst class is that of the mean.
+    """
+    if len(rows) == 1:
+        return dict(rows[0])
+    out = mean_of([{key: value for key, value in row.items() if key != "identity"} for row in rows])
+    hashed = hashlib.sha256(" ".join(row["identity"] for row in rows).encode()).hexdigest()
+    name = rows[0]["identity"].split(":")[0]
+    out["identity"] = f"{name} x {len(rows)}:{hashed[:16]}"
+    if "per_class" in out:
+        fd = out["per_class"]["fd"]
+        out["per_class"]["worst"] = int(np.argmax(fd))
+        out["per_class"]["worst_fd"] = max(fd)
+    return out
 
 
 def raw(images):
@@ -77,22 +122,25 @@ class Selection:
 
 
 class Team:
-    """An encoder on every rank: rank 0 measures, and all of them encode and draw their shares.
+    """The judges of one encoder on every rank: rank 0 measures, all encode and draw their shares.
 
     Rank 0 asks for such work, and the others follow() until it dismisses them. One process asks
-    itself.
+    itself. judges: [Encoder], one for all encoders but scratch.
     """
 
-    def __init__(self, enc, batch_size, device):
-        self.enc = enc
+    def __init__(self, judges, batch_size, device):
+        self.judges = judges
         self.batch_size = max(1, batch_size // common.world())
         self.device = device
 
-    def encode(self, images, kind="pooled"):
-        """Features (n, D) float32 of images, an array (n, H, W, C) or a Selection of one."""
+    def encode(self, judge, images, kind="pooled"):
+        """Features (n, D) float32 of images, an array (n, H, W, C) or a Selection of one.
+
+        judge: its place in judges.
+        """
         shares = []
         for source, rows in sendable(images):
-            shares += self.ask("encode_share", source, rows, kind)
+            shares += self.ask("encode_share", judge, source, rows, kind)
         # Where there are fewer rows than processes, some rank has no share.
         return np.concatenate([z for z in shares if z is not None])
 
@@ -114,18 +162,18 @@ class Team:
             share = getattr(self, task)(*what)
         return common.gather(share)
 
-    def encode_share(self, images, rows, kind):
+    def encode_share(self, judge, images, rows, kind):
         """Features of this rank's part of rows (n,) of an array or file, None where it has none."""
+        enc = self.judges[judge]
         # Every rank opens the file itself.
         if isinstance(images, str):
             images = np.load(images, mmap_mode="r", allow_pickle=False)
         lo, hi = common.shard(len(rows))
-        with common.progress(total=hi - lo, desc=self.enc.name, delay=2) as bar:
-            return encoders.extract(self.enc, images, self.batch_size, kind, rows=rows[lo:hi],
-                                    bar=bar)
+        with common.progress(total=hi - lo, desc=enc.name, delay=2) as bar:
+            return encoders.extract(enc, images, self.batch_size, kind, rows=rows[lo:hi], bar=bar)
 
     def draw_share(self, file, drawn, y):
-        """(features, state): samples for this rank's part of labels y (n,), drawn anew.
+        """([features of each judge], state): samples for this rank's part of labels y (n,), anew.
 
         state: what the checkpoint says of its training. drawn: the settings of sample.py.
         """
@@ -150,7 +198,8 @@ class Team:
             images.append(diffusion.to_uint8(x).cpu().numpy())
         features = None
         if images:
-            features = encoders.extract(self.enc, np.concatenate(images), self.batch_size)
+            x = np.concatenate(images)
+            features = [encoders.extract(enc, x, self.batch_size) for enc in self.judges]
         return features, {key: state[key] for key in ("step", "images_seen", "seconds")}
 
 
@@ -173,7 +222,7 @@ def sendable(images):
 
 
 class Reference:
-    """The full training set under one encoder.
+    """The full training set under one judge of a team.
 
     mu, sigma: of all of it, or those in the file `statistics`. features (R, D), labels (R,): of up
     to `most` images, for neighbours and kernels. test: features of the held-out images, heldout:
@@ -183,11 +232,14 @@ class Reference:
     by block; what is not held is encoded as it is read.
     """
 
-    def __init__(self, data, team, most, seed, statistics=None):
+    def __init__(self, data, team, judge, most, seed, statistics=None):
         N = len(data.labels)
         self.data = data
         self.team = team
-        self.enc = team.enc
+        self.judge = judge
+        self.seed = seed
+        self.enc = team.judges[judge]
+        self.random = {}                 # {images of each class: FD of random subsets}
         self.shape = (N, self.enc.width)
         self.features = self.test = self.heldout = self.n = None
         if statistics:
@@ -195,14 +247,15 @@ class Reference:
         if data.images is None:
             return
         self.rows = some_rows(N, most, [seed, 0])
-        self.features = team.encode(Selection(data.images, self.rows))
+        self.features = team.encode(judge, Selection(data.images, self.rows))
         self.labels = data.labels[self.rows]
         if not statistics:
-            self.mu, self.sigma = self.full_statistics(data.folder / f"stats_{self.enc.name}.npz")
+            name = f"stats_{self.enc.name}{judge or ''}.npz"
+            self.mu, self.sigma = self.full_statistics(data.folder / name)
             self.n = N
         if data.test_images is not None:
             # Other real images: what a perfect model would score at their number.
-            self.test = team.encode(data.test_images)
+            self.test = team.encode(judge, data.test_images)
             if len(self.test) > 1:
                 self.heldout = self.distance(self.test)
 
@@ -236,17 +289,36 @@ class Reference:
         """Features (n, D) of these training images."""
         if len(self.rows) == len(self):
             return self.features[rows]
-        return self.team.encode(Selection(self.data.images, rows))
+        return self.team.encode(self.judge, Selection(self.data.images, rows))
 
-    def encode(self, images):
+    def encode(self, images, kind="pooled"):
         """Features (n, D) of any images; those of the training set may be held."""
-        if isinstance(images, Selection) and images.images is self.data.images:
+        held = isinstance(images, Selection) and images.images is self.data.images
+        if held and kind == "pooled":
             return self.of(images.rows)
-        return self.team.encode(images)
+        return self.team.encode(self.judge, images, kind)
 
     def distance(self, features):
         mu, sigma = metrics.gaussian_stats(features)
         return metrics.frechet_distance(self.mu, self.sigma, mu, sigma)
+
+    def random_subsets(self, counts):
+        """[FD of DRAWS random subsets] with counts (K,) images of each class, of those that are held.
+
+        None where a class holds fewer. What FD(subset) has to be compared with: it depends on n.
+        """
+        held = np.bincount(self.labels, minlength=len(counts))
+        if (held < counts).any() or counts.sum() < 2:
+            return None
+        key = counts.tobytes()
+        if key not in self.random:
+            groups = common.rows_by_class(self.labels, len(counts))
+            rng = np.random.default_rng([self.seed, 5])
+            self.random[key] = []
+            for _ in range(DRAWS):
+                picks = [rng.choice(rows, k, replace=False) for rows, k in zip(groups, counts)]
+                self.random[key].append(self.distance(self.features[np.concatenate(picks)]))
+        return self.random[key]
 
 
 # ------------------------------------------------------------------ one run under one encoder
@@ -256,12 +328,12 @@ def figures(run, ref, args):
     n is stored with each figure that depends on it.
     """
     data = ref.data
-    z = ref.team.encode(run.images)                                   # (n, D)
+    z = ref.encode(run.images)                                        # (n, D)
     out = distances(z, run, ref, args)
     if ref.features is not None and run.labels is not None and data.num_classes > 1:
         out |= class_figures(z, run, ref, args.seed)
     if ref.enc.name == "inception" and len(z) >= 10:
-        logits = ref.team.encode(run.images, "logits")
+        logits = ref.encode(run.images, "logits")
         # Samples come sorted by class or in turn, and its parts are consecutive.
         shuffled = logits[np.random.default_rng(args.seed).permutation(len(z))]
         mean, std = metrics.inception_score(shuffled)
@@ -285,18 +357,23 @@ def distances(z, run, ref, args):
     if ref.heldout is not None and n >= held:
         # A distance falls as n grows: the samples once more at the held-out images' n.
         out["fd_at_heldout_n"] = ref.distance(z[some_rows(n, held, [args.seed, 3])])
-    if n <= enc.width:
+    if n <= enc.width and ref.judge == 0:
         common.log(f"note: {n} samples for {enc.width} features: the covariance is singular and "
                    "the distance far too large; draw more samples")
     if args.bootstrap:
         mean, std, low, high = metrics.bootstrap_frechet(z, ref.mu, ref.sigma, args.bootstrap,
                                                          args.seed)
         out["fd_bootstrap"] = dict(repeats=args.bootstrap, mean=mean, std=std, low=low, high=high)
+    if run.guided:
+        # A best guidance is chosen on one half of the noise and scored on the other.
+        out["fd_halves"] = [ref.distance(z[:n // 2]), ref.distance(z[n // 2:2 * (n // 2)])]
     if ref.features is not None and run.keep is not None:
-        # What a perfect copier of the subset would score.
+        # What a perfect copier of the subset would score, and of random ones of that size.
         out["fd_subset"] = None
         if len(run.keep) > 1:
             out["fd_subset"] = ref.distance(ref.of(run.keep))
+        kept = np.bincount(ref.data.labels[run.keep], minlength=ref.data.num_classes)
+        out["fd_random_subsets"] = ref.random_subsets(kept)
     return out
 
 
@@ -314,7 +391,7 @@ def class_figures(z, run, ref, seed):
     except ValueError as e:
         common.log(f"note: no distance per class: {e}")
     if ref.enc.spec.needs_labels:
-        read = ref.team.encode(run.images, "logits").argmax(1)        # (n,)
+        read = ref.encode(run.images, "logits").argmax(1)             # (n,)
         out["read_as_labelled"] = float((read == run.labels).mean())
     return out
 
@@ -351,6 +428,8 @@ def audit(run, ref, args, full):
         return {"skipped": sets}
     # Beside the shares: how far one may lie from one half by chance depends on n.
     out = {"n": len(sets.samples), "draws": DRAWS, "noise": NOISE, "model_of": sets.model_of}
+    if sets.alike is not None:
+        out["alike_n"] = len(sets.alike)
     # Pixels are always the raw ones, not the encoder of that name.
     spaces = {ref.enc.name: (ref.encode, ref.enc.width), "pixels": (raw, run.images[0].size)}
     encode = None
@@ -417,11 +496,10 @@ def audit_sets(run, ref, args, full):
 def images_alike(ref, keep):
     """The held-out images that look most like those of the subset, or None where there are none.
 
-    As large a share as the subset is, but enough of them to count.
+    As large a share as the subset is of its classes: a larger one would be less alike.
     """
     data = ref.data
-    # To come to a thousand images, up to a third of them.
-    share = max(len(keep) / len(data.labels), min(1 / 3, 1000 / len(ref.test)))
+    share = len(keep) / len(data.labels)
     rows = memorisation.most_alike(ref.test, data.test_labels, ref.of(keep), data.labels[keep],
                                    ref.features, ref.labels, share)
     return Selection(data.test_images, rows) if len(rows) else None
@@ -448,19 +526,23 @@ def joined(old, new):
 
 
 # ------------------------------------------------------------------------- quality over training
-def trajectory(run, ref, args):
+def trajectory(run, refs, args):
     """Distance of every kept checkpoint, drawn with the labels, seeds and settings of sample.py.
+
+    refs: the Reference of every judge. Of several guidances it follows the first.
 
     The last point therefore equals the run's own distance (to the last bit of the network's sums)
     when n is the same.
     """
     path = run.out / "trajectory.json"
+    ref = refs[0]
+    identity = joint([{"identity": one.enc.identity} for one in refs])["identity"]
     # A prefix of balanced labels is balanced.
     y = run.drawn[:args.trajectory_num]
     n = len(y)
     key = {"settings": {name: run.sampling[name] for name in DRAWN_WITH},
            "labels": array_hash(y), "n": n, "data": ref.data.info["sha256"],
-           "identity": ref.enc.identity,
+           "identity": identity,
            "checkpoints": {file.name: common.sha256(file) for file in run.checkpoints}}
     if args.reference_stats:
         key["reference"] = common.sha256(args.reference_stats)
@@ -473,59 +555,93 @@ def trajectory(run, ref, args):
         shares = ref.team.ask("draw_share", str(file), run.sampling, y)
         # Every rank has opened the same checkpoint.
         state = shares[0][1]
-        z = np.concatenate([share for share, _ in shares if share is not None])      # (n, D)
-        fd = ref.distance(z)
-        points.append({**state, "fd": fd, "n": n})
+        fds = []                                                      # of each judge
+        for k, one in enumerate(refs):
+            z = np.concatenate([share[k] for share, _ in shares if share is not None])     # (n, D)
+            fds.append(one.distance(z))
+        fd = sum(fds) / len(fds)
+        points.append({**state, "fd": fd, "fds": fds, "n": n})
         common.log(f"{run.name}: step {state['step']:,}, {state['images_seen']:,} images, "
                    f"{state['seconds']:,.0f} s: {fd:.3f}")
-    common.save_json(path, {"encoder": ref.enc.identity, "name": ref.enc.name, "points": points,
+    common.save_json(path, {"encoder": identity, "name": ref.enc.name, "points": points,
                             "key": key})
 
 
 # ------------------------------------------------------------------------------------ all runs
 def measure(args, inputs, team, weights, todo):
-    """The runs `todo` under the team's encoder, by rank 0."""
-    with common.user_errors():
-        ref = Reference(inputs.data, team, args.reference_max, args.seed, args.reference_stats)
-    for run in todo:
-        if args.trajectory:
+    """The runs `todo` {place in inputs.runs: judges that did} under those of a team, by rank 0."""
+    def reference(judge):
+        with common.user_errors():
+            return Reference(inputs.data, team, judge, args.reference_max, args.seed,
+                             args.reference_stats)
+
+    judges = range(len(team.judges))
+    if args.trajectory:
+        refs = [reference(judge) for judge in judges]
+        for k in todo:
             with common.user_errors():
-                trajectory(run, ref, args)
-        else:
-            measure_samples(run, ref, args, inputs, weights)
+                trajectory(inputs.runs[k], refs, args)
+        return
+    # One judge after the other, for each holds the features of the whole training set.
+    for judge in judges:
+        left = [k for k, done in todo.items() if judge >= done]
+        if not left:
+            continue
+        ref = reference(judge)
+        for k in left:
+            measure_samples(inputs.runs[k], ref, args, inputs, weights)
 
 
 def measure_samples(run, ref, args, inputs, weights):
-    """RUN/metrics.json, where figures of the same samples under other encoders stay."""
+    """The figures of one judge into metrics.json, where those of the judges before it stay."""
     start = time.time()
     info = inputs.data.info
     name = ref.enc.name
     # An encoder adds its row to what stands; figures of other samples go.
     old = earlier(run, info)
     memo = old.get("memorisation")
+    rows = []
+    if ref.judge:
+        rows = old["encoders"][name]["judges"][:ref.judge]
     with common.user_errors():
-        row = figures(run, ref, args)
-        row["settings"] = settings(run, name, weights, args, inputs)
-        row["circular"] = name in run.judges
-        if args.audit and run.known and name == args.encoder[0]:
+        mine = figures(run, ref, args)
+        first = ref.judge == 0 and name == args.encoder[0]
+        if args.audit and first and run.main and run.known:
             memo = joined(memo, audit(run, ref, args, inputs.full))
-    row["seconds"] = round(time.time() - start, 2)
-    common.save_json(run.out / "metrics.json", {
+    mine["seconds"] = round(time.time() - start, 2)
+    rows.append(mine)
+    row = joint(rows)
+    row["seconds"] = sum(one["seconds"] for one in rows)
+    row["settings"] = settings(run, name, weights, args, inputs)
+    row["circular"] = name in run.judges
+    row["judges"] = rows
+    common.save_json(run.file, {
         "run": run.name, "data": info["name"], "data_sha256": info["sha256"],
         "samples_sha256": run.sha256, "protocol": {**run.protocol, "image_format": run.format},
         "encoders": {**old.get("encoders", {}), name: row}, "memorisation": memo,
         "provenance": common.provenance()})
-    tell(run, row, memo)
+    if len(rows) == judges_of(name, inputs):
+        tell(run, row, memo)
 
 
 def tell(run, row, memo):
     """The figures of one run, on one line."""
     text = f"{row['distance']} {row['fd']:.3f} (n={row['n']:,}"
+    if len(row["judges"]) > 1:
+        sd = np.std([one["fd"] for one in row["judges"]], ddof=1)
+        text = (f"{row['distance']} {row['fd']:.3f} +- {sd:.3f} over {len(row['judges'])} judges "
+                f"(n={row['n']:,}")
     if row["fd_heldout"] is not None:
         text += f"; held-out images {row['fd_heldout']:.3f}, n={row['fd_heldout_n']}"
     said = [text + ")"]
+    if "fd_bootstrap" in row:
+        said.append("resampled {mean:.3f} +- {std:.3f}, biased upwards".format(**row["fd_bootstrap"]))
     if row.get("fd_subset") is not None:
-        said.append(f"the subset itself {row['fd_subset']:.3f}")
+        text = f"the subset itself {row['fd_subset']:.3f}"
+        if row["fd_random_subsets"]:
+            mean, sd = np.mean(row["fd_random_subsets"]), np.std(row["fd_random_subsets"], ddof=1)
+            text += f" ({DRAWS} random subsets {mean:.3f} +- {sd:.3f})"
+        said.append(text)
     if "per_class" in row:
         c = row["per_class"]
         said.append(f"worst class {c['worst']}: {c['worst_fd']:.2f} (n={c['n']}, real images "
@@ -546,7 +662,10 @@ def tell(run, row, memo):
                     f"{share.get('heldout', '-')}, seen + noise {share['noise']})")
     if row["circular"]:
         said.append("WARNING: this judge also selected or was aligned to")
-    common.log(f"{run.name}: " + "; ".join(said))
+    who = run.name
+    if run.guided:
+        who += f" (guidance {run.protocol['cfg']:g})"
+    common.log(f"{who}: " + "; ".join(said))
 
 
 # ----------------------------------------------------------------------------------------- inputs
@@ -554,6 +673,9 @@ def tell(run, row, memo):
 class Run:
     """Samples, and what is known of the model that drew them."""
     out: Path                        # where its figures go
+    file: Path                       # its metrics.json
+    guided: bool                     # whether it was drawn at several guidances
+    main: bool                       # of those the one that pictures, audit and trajectory are of
     images: np.ndarray               # uint8 (n, H, W, C)
     labels: np.ndarray | None        # (n,), or None: not known, or none of the data set's
     drawn: np.ndarray | None         # labels of all the samples that there are
@@ -589,7 +711,7 @@ def read_samples(path):
     else:
         images = common.load_npy(path, "samples, uint8 (n, H, W, C)", (None,) * 4, "u")
         beside = path.parent / "sample_labels.npy"
-        if path.name == "samples.npy" and beside.exists():
+        if path.stem.split("_cfg")[0] == "samples" and beside.exists():
             what = "labels of the samples, int64 (n,)"
             labels = np.array(common.load_npy(beside, what, (len(images),), "iu"))
     sound = images.dtype == np.uint8 and images.ndim == 4 and images.shape[3] in (1, 3)
@@ -666,9 +788,26 @@ def judges_used(record):
     return {step.encoder for step in steps if step.role in ("chose", "aligned")} - {""}
 
 
-def open_run(out, samples, data, args):
-    """A Run, checked."""
-    samples = Path(samples)
+def open_runs(out, files, data, args):
+    """[Run] of a folder, checked: one for each guidance. files: {guidance: samples}."""
+    runs = []
+    for cfg, samples in files.items():
+        file = Path(out) / "metrics.json"
+        if runs:
+            file = Path(out) / f"metrics_cfg{cfg:g}.json"
+        run = open_run(Path(out), file, Path(samples), data, args)
+        run.guided = len(files) > 1
+        run.main = not runs
+        read_sampling(run, cfg, data, args.data)
+        read_training(run, data)
+        if args.trajectory and run.main:
+            read_checkpoints(run, samples, args.trajectory_num)
+        runs.append(run)
+    return runs
+
+
+def open_run(out, file, samples, data, args):
+    """A Run as its samples alone tell."""
     images, labels = read_samples(samples)
     drawn = labels
     if args.num:
@@ -695,16 +834,11 @@ def open_run(out, samples, data, args):
     else:
         form = " and ".join(sorted({file.suffix.lower() for file in pictures(samples)})) + " files"
         digest = array_hash(images)
-    run = Run(Path(out), images, labels, drawn, form, digest)
-    read_sampling(run, data, args.data)
-    read_training(run, data)
-    if args.trajectory:
-        read_checkpoints(run, samples, args.trajectory_num)
-    return run
+    return Run(out, file, False, True, images, labels, drawn, form, digest)
 
 
-def read_sampling(run, data, folder):
-    """How the samples were drawn, where sample.py says it."""
+def read_sampling(run, cfg, data, folder):
+    """How the samples of one guidance were drawn, where sample.py says it."""
     record = common.record_of(run.out, "sample")
     if record is None:
         return
@@ -713,8 +847,8 @@ def read_sampling(run, data, folder):
     need(record.get("data_sha256") in (None, data.info["sha256"]),
          f"{run.out}: was trained on {record.get('data')}, but --data {folder} is "
          f"{data.info['name']}; evaluate on its own data set")
-    run.sampling = record["args"]
-    run.protocol = {key: record["args"][key] for key in DRAWN_WITH}
+    run.sampling = {**record["args"], "cfg": cfg}
+    run.protocol = {key: run.sampling[key] for key in DRAWN_WITH}
     run.protocol |= {"checkpoint_step": record.get("step"), "weights": "EMA",
                      "sample_seconds": record["seconds"]}
 
@@ -775,19 +909,26 @@ def settings(run, name, weights, args, inputs):
     When any of it has changed they are measured again.
     """
     info = inputs.data.info
-    # That file is the default, and another one is another judge.
-    if name == "scratch":
-        weights = weights or inputs.data.folder / "scratch.pt"
+    judged_by = digest_of(weights)
+    if encoders.ENCODERS[name].needs_labels:
+        judged_by = identities(weights or inputs.data.folder / "scratch.pt", inputs.judges)
     # Only a model of a subset is compared with the full model's samples.
     baseline = None
-    if inputs.full and run.keep is not None:
+    audited = args.audit and run.main
+    if audited and inputs.full and run.keep is not None:
         baseline = inputs.full.sha256
     return {"num": len(run.images), "seed": args.seed, "bootstrap": args.bootstrap,
-            "audit": args.audit_samples if args.audit else 0, "data": info["sha256"],
-            "heldout": info.get("sha256_test"), "weights": digest_of(weights),
+            "audit": args.audit_samples if audited else 0, "data": info["sha256"],
+            "heldout": info.get("sha256_test"), "weights": judged_by, "halves": run.guided,
             "reference_stats": digest_of(args.reference_stats),
             "reference_max": args.reference_max, "labels": array_hash(run.labels),
             "kept": array_hash(run.keep), "baseline": baseline}
+
+
+def identities(path, count):
+    """Hashes of the first `count` networks in a scratch.pt; None where it holds fewer."""
+    states = common.networks_in(path)[:count]
+    return [encoders.digest(state["model"]) for state in states] if len(states) == count else None
 
 
 def digest_of(path):
@@ -803,31 +944,36 @@ def array_hash(x):
 
 def earlier(run, info):
     """metrics.json as it stands, or {} where it is not of these samples and this data set."""
-    file = run.out / "metrics.json"
-    if not file.exists():
+    if not run.file.exists():
         return {}
-    old = common.load_json(file, "figures of evaluate.py", encoders=dict)
+    old = common.load_json(run.file, "figures of evaluate.py", encoders=dict)
     same = old.get("samples_sha256") == run.sha256 and old.get("data_sha256") == info["sha256"]
     return old if same else {}
 
 
-def is_measured(run, name, weights, args, inputs):
-    """Whether metrics.json holds the run's figures under an encoder, and they stand."""
+def standing(run, name, weights, args, inputs):
+    """Of how many judges metrics.json holds the run's figures, and they stand."""
     row = earlier(run, inputs.data.info).get("encoders", {}).get(name)
     if not row or args.overwrite or args.trajectory:
-        return False
-    return row.get("settings") == settings(run, name, weights, args, inputs)
+        return 0
+    same = row.get("settings") == settings(run, name, weights, args, inputs)
+    return len(row["judges"]) if same else 0
 
 
-def load_inputs(args, data, places):
-    """What the flags name, checked, by rank 0. places: [(folder to write to, samples)].
+def load_inputs(args, data):
+    """What the flags name, checked, by rank 0.
 
-    A namespace: data, runs, full (that of them on the full set, or None), jobs [(encoder, its
-    weights, places in runs of those that it has to judge)].
+    A namespace: data, runs (one for each guidance), full (that of them on the full set, or None),
+    judges (how many networks scratch is), jobs [(encoder, its weights, {place in runs of one that
+    it has to judge: how many judges did}, how many there are)].
     """
-    for out, samples in places:
-        need(Path(samples).exists(), f"{samples}: no samples there; draw them with sample.py --out "
-             f"{out}")
+    files = {args.out: {None: args.samples}}
+    if args.runs:
+        files = {run: common.samples_of(run) for run in args.runs}
+    for out, drawn in files.items():
+        for samples in drawn.values():
+            need(Path(samples).exists(), f"{samples}: no samples there; draw them with sample.py "
+                 f"--out {out}")
     if args.reference_stats:
         read_statistics(args.reference_stats)
     if data.images is None:
@@ -836,22 +982,34 @@ def load_inputs(args, data, places):
         for name in args.encoder:
             need(encoders.ENCODERS[name].size, f"{data.folder}: holds latents only, and encoder "
                  f"{name} needs its pixels; use --encoder inception")
-    inputs = SimpleNamespace(data=data, jobs=[])
-    inputs.runs = [open_run(out, samples, data, args) for out, samples in places]
-    inputs.full = next((run for run in inputs.runs if run.known and run.keep is None), None)
+    inputs = SimpleNamespace(data=data, jobs=[], judges=args.judges or judges_for(data.images))
+    inputs.runs = []
+    for out, drawn in files.items():
+        inputs.runs += open_runs(out, drawn, data, args)
+    if args.trajectory:
+        inputs.runs = [run for run in inputs.runs if run.main]
+    full = [run for run in inputs.runs if run.main and run.known and run.keep is None]
+    inputs.full = full[0] if full else None
     # Weights are given in the order of the encoders, and the last may have none.
     weights_of = [*(args.encoder_weights or ()), *[None] * len(args.encoder)]
     for name, weights in zip(args.encoder, weights_of):
-        todo = []
+        count = judges_of(name, inputs)
+        todo = {}
         for k, run in enumerate(inputs.runs):
-            if is_measured(run, name, weights, args, inputs):
+            done = standing(run, name, weights, args, inputs)
+            if done < count:
+                todo[k] = done
+            elif run.main:
                 common.log(f"{run.out}: measured already under {name}; nothing to do (--overwrite "
                            "measures again)")
-            else:
-                todo.append(k)
         if todo:
-            inputs.jobs.append((name, weights, todo))
+            inputs.jobs.append((name, weights, todo, count))
     return inputs
+
+
+def judges_of(name, inputs):
+    """How many networks an encoder is."""
+    return inputs.judges if encoders.ENCODERS[name].needs_labels else 1
 
 
 # ----------------------------------------------------------------------------------- command line
@@ -865,6 +1023,9 @@ def parse_args(argv=None):
     p.add_argument("--out", help="with --samples: folder to write to")
     p.add_argument("--encoder", nargs="+", default=["scratch"], choices=encoders.ENCODERS,
                    help="the judge, or several; the first does the audit")
+    p.add_argument("--judges", type=common.number(int, low=1, high=100),
+                   help="networks of encoder scratch, seeds 0, 1, ...; default 8 for small data "
+                        "sets, else 3")
     p.add_argument("--encoder-weights", nargs="+", metavar="PATH",
                    help="local weights, in the order of --encoder")
     p.add_argument("--reference-stats", metavar="FILE.npz",
@@ -873,7 +1034,7 @@ def parse_args(argv=None):
                    help="most training images for neighbours, kernels and classes")
     p.add_argument("--num", type=common.count, help="use the first so many samples")
     p.add_argument("--bootstrap", type=common.number(int, low=0, high=10_000), default=0,
-                   help="resamplings for an interval of the distance (it is biased upwards)")
+                   help="resamplings for an interval of the distance (biased upwards), printed")
     p.add_argument("--no-audit", dest="audit", action="store_false", help="no memorisation audit")
     p.add_argument("--audit-samples", type=common.count, default=10_000, help="most samples in it")
     p.add_argument("--trajectory", action="store_true", help="score every kept checkpoint instead")
@@ -912,40 +1073,41 @@ def main(argv=None):
     args = parse_args(argv)
     device = common.get_device(args.device)
     data = common.open_data(args.data, pixels=False)
-    places = [(args.out, args.samples)]
-    if args.runs:
-        places = [(run, Path(run) / "samples.npy") for run in args.runs]
     # Rank 0 alone holds the samples; the others learn which encoders to open.
     inputs = None
     if common.rank() == 0:
         common.sweep(data.folder)                            # statistics that a kill cut short
-        inputs = load_inputs(args, data, places)
+        inputs = load_inputs(args, data)
     jobs = common.from_rank0(lambda: inputs.jobs)
     teams = []
-    for name, weights, _ in jobs:
-        enc = common.open_encoder(name, data, device, weights)
+    for name, weights, _, count in jobs:
+        judges = common.open_judges(name, data, device, weights, count)
         if args.reference_stats:
-            read_statistics(args.reference_stats, enc.width)
-        teams.append(Team(enc, args.batch_size, device))
+            read_statistics(args.reference_stats, judges[0].width)
+        teams.append(Team(judges, args.batch_size, device))
     # Runs that are measured already need no lock, unless a kill came between that and the record.
-    unmeasured = {k for _, _, todo in jobs for k in todo}
-    outs = [Path(out) for out, _ in places]
-    busy = common.from_rank0(lambda: [k for k, out in enumerate(outs)
-                                      if k in unmeasured or not recorded(out)])
+    outs = [Path(out) for out in args.runs or [args.out]]
+    busy = common.from_rank0(lambda: busy_places(outs, inputs))
     with contextlib.ExitStack() as claimed:
         start = time.time()
         for k in busy:
             claimed.enter_context(common.claim(outs[k]))
             if common.rank() == 0:
                 common.sweep(outs[k])
-        for team, (_, weights, todo) in zip(teams, jobs):
+        for team, (_, weights, todo, _) in zip(teams, jobs):
             if common.rank() == 0:
-                measure(args, inputs, team, weights, [inputs.runs[k] for k in todo])
+                measure(args, inputs, team, weights, todo)
                 team.dismiss()
             else:
                 team.follow()
         for k in busy:
             write_record(outs[k], data, round(time.time() - start, 3))
+
+
+def busy_places(outs, inputs):
+    """[place in outs of a folder that something is written to]."""
+    unmeasured = {inputs.runs[k].out for _, _, todo, _ in inputs.jobs for k in todo}
+    return [k for k, out in enumerate(outs) if out in unmeasured or not recorded(out)]
 
 
 def recorded(out):

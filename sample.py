@@ -9,9 +9,12 @@ Reads   CHECKPOINT         last.pt or step_*.pt of train.py, with the settings o
                            al. 2024), whose learned sigma is not used: see --variance
 Writes  OUT/samples.npy    uint8 (n, H, W, C);  OUT/sample_labels.npy int64 (n,);  OUT/grid.png
         OUT/samples.npz    with --npz: arr_0 and arr_1, the form of ADM's evaluator
+        With several --cfg each set is named by its guidance: samples_cfg1.5.npy, grid_cfg1.5.png.
+        They share labels and start noise, so that only the guidance differs.
 
     python sample.py --checkpoint runs/digits/full/last.pt --num 1000 --sampler heun --steps 12 \\
         --out runs/digits/full
+    python sample.py --checkpoint runs/digits/full/last.pt --cfg 1 1.25 1.5 2 --out runs/digits/full
     python sample.py --checkpoint SiT-XL-2-256x256.pt --official sit --cfg 1.5 --sampler sde \\
         --steps 250 --batch-size 32 --out runs/official
 
@@ -36,12 +39,14 @@ DEFAULT_SAMPLER = {"ddpm": ("ddim", 50), "flow": ("heun", 25)}
 
 
 # ---------------------------------------------------------------------------- the work
-def draw_samples(args, inputs, out, device):
-    """OUT/samples.npy, by every process its part. Returns a memory map of it."""
+def draw_samples(args, inputs, cfg, out, device):
+    """OUT/samples.npy of one guidance, by every process its part. Returns a memory map of it."""
     model = inputs.model.to(device, memory_format=torch.channels_last)
-    how = dict(sampler=args.sampler, steps=args.steps, cfg=args.cfg, eta=args.eta,
+    how = dict(sampler=args.sampler, steps=args.steps, cfg=cfg, eta=args.eta,
                cfg_interval=args.cfg_interval, variance=args.variance)
-    common.log(f"writing {math.prod(inputs.shape) / 2**20:,.1f} MB of samples into {out}")
+    name = inputs.names[cfg]
+    common.log(f"writing {math.prod(inputs.shape) / 2**20:,.1f} MB of samples into "
+               f"{out / name}.npy")
 
     def compute(rows):
         y = torch.from_numpy(inputs.labels[rows]).to(device)          # (b,)
@@ -52,10 +57,16 @@ def draw_samples(args, inputs, out, device):
             x = sample_images(model, inputs.process, y, noise, how, inputs.vae, inputs.scale)
         common.need(x.isfinite().all(),
                     f"{args.checkpoint}: samples hold NaN or infinity; the checkpoint diverged, "
-                    f"or --cfg {args.cfg:g} is too large")
+                    f"or --cfg {cfg:g} is too large")
         return to_uint8(x).cpu().numpy()                              # (b, H, W, C)
-    pixels, _ = common.fill(out, "samples", inputs.shape, np.uint8, args.batch_size, compute)
+    pixels, _ = common.fill(out, name, inputs.shape, np.uint8, args.batch_size, compute)
     return pixels
+
+
+def save_npz(path, pixels, labels):
+    """The form of ADM's evaluator: arr_0 uint8 (n, H, W, C), arr_1 int64 (n,)."""
+    with common.atomic(path) as tmp, open(tmp, "wb") as f:
+        np.savez(f, arr_0=pixels, arr_1=labels)
 
 
 def save_first(path, pixels, labels, in_turn):
@@ -69,6 +80,23 @@ def save_first(path, pixels, labels, in_turn):
         order = np.argsort(labels, kind="stable")
     first = pixels[order[:rows * columns]]
     common.save_grid(path, first.reshape(rows, columns, *pixels.shape[1:]))
+
+
+def draw_one(args, inputs, cfg, out, device):
+    """All files of one guidance that are not there yet."""
+    name = inputs.names[cfg]
+    grid = out / f"{name.replace('samples', 'grid')}.png"
+    # All may stand where --npz was asked for later.
+    if not common.from_rank0(lambda: (out / f"{name}.npy").exists() and grid.exists()):
+        draw_samples(args, inputs, cfg, out, device)
+    if common.rank() != 0:
+        return
+    pixels = np.load(out / f"{name}.npy", mmap_mode="r")
+    if not grid.exists():
+        in_turn = args.labels == "balanced" and inputs.model.num_classes <= 10
+        save_first(grid, pixels, inputs.labels, in_turn)
+    if args.npz and not (out / f"{name}.npz").exists():
+        save_npz(out / f"{name}.npz", pixels, inputs.labels)
 
 
 # ---------------------------------------------------------------------------- inputs
@@ -92,10 +120,12 @@ def load_inputs(args, device):
         side = side * inputs.vae.factor
         channels = 3
     inputs.shape = (args.num, side, side, channels)           # (n, H, W, C)
+    inputs.names = common.sample_names(args.cfg)              # {guidance: name of its files}
     out = Path(args.out)
-    # From the first row on the space is reserved.
-    if not ((out / "samples.npy").exists() or (out / "samples.part.npy").exists()):
-        common.need_disk(out, math.prod(inputs.shape))
+    # From the first row on the space of a file is reserved.
+    missing = [name for name in inputs.names.values()
+               if not ((out / f"{name}.npy").exists() or (out / f"{name}.part.npy").exists())]
+    common.need_disk(out, len(missing) * math.prod(inputs.shape))
     inputs.files = {"checkpoint": args.checkpoint, "labels": None}
     if args.labels not in ("balanced", "random"):
         inputs.files["labels"] = args.labels
@@ -112,9 +142,10 @@ def check_flags(args, process, settings):
     need(args.sampler not in ("ancestral", "ddim") or args.steps <= process.T,
          f"--steps {args.steps}: {args.sampler} has the {process.T} steps of {args.checkpoint} at "
          "most; ask for no more")
-    need(args.cfg == 1 or settings.get("label_drop") != 0,
-         f"--cfg {args.cfg:g}: {args.checkpoint} was trained without label dropout and knows no "
-         "null class to guide from; use --cfg 1")
+    for cfg in common.sample_names(args.cfg):
+        need(cfg == 1 or settings.get("label_drop") != 0,
+             f"--cfg {cfg:g}: {args.checkpoint} was trained without label dropout and knows no "
+             "null class to guide from; use --cfg 1")
     low, high = args.cfg_interval
     need(low <= high, f"--cfg-interval {low:g} {high:g}: the first must not be larger; 0 is data, "
                       "1 is noise")
@@ -172,8 +203,9 @@ def parse_args(argv=None):
                    help="default: ddim for ddpm, heun for flow")
     p.add_argument("--steps", type=common.number(int, low=1, high=100_000),
                    help="default 50 for ddpm, 25 for flow (heun: 2 evaluations each)")
-    p.add_argument("--cfg", type=common.number(low=0, high=1000), default=1.0,
-                   help="guidance: v = v_null + cfg (v_cond - v_null); 1 = none")
+    p.add_argument("--cfg", type=common.number(low=0, high=1000), nargs="+", default=1.0,
+                   help="guidance: v = v_null + cfg (v_cond - v_null); 1 = none. Of several the "
+                        "first is the one that pictures and audit are of")
     p.add_argument("--cfg-interval", type=common.number(low=0, high=1), nargs=2, default=(0.0, 1.0),
                    metavar=("LO", "HI"), help="times (0 data, 1 noise) where guidance acts")
     p.add_argument("--eta", type=common.number(low=0, high=1), default=0.0,
@@ -187,7 +219,15 @@ def parse_args(argv=None):
     p.add_argument("--npz", action="store_true", help="also write samples.npz for ADM's evaluator")
     common.add_run_flags(p, "draw again where other samples stand",
                          "sample i depends on (seed, i) alone")
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    if isinstance(args.cfg, list):
+        # 1.5 and 1.5000001 would share a file.
+        if len(set(common.sample_names(args.cfg).values())) < len(args.cfg):
+            p.error("--cfg: a guidance is named twice")
+        # The record of a single guidance says what it always said.
+        if len(args.cfg) == 1:
+            args.cfg = args.cfg[0]
+    return args
 
 
 @common.command
@@ -195,28 +235,18 @@ def main(argv=None):
     args = parse_args(argv)
     device = common.get_device(args.device)
     inputs = load_inputs(args, device)               # nothing is written yet
-    outputs = ["samples.npy", "sample_labels.npy"]
+    names = inputs.names.values()
+    outputs = ["sample_labels.npy", *(f"{name}.npy" for name in names)]
     if args.npz:
-        outputs.append("samples.npz")
+        outputs += [f"{name}.npz" for name in names]
     with common.Stage("sample", args, inputs.files, outputs, free=["batch_size", "npz"],
-                      stale=["samples*.np[yz]", "grid.png"],
-                      scraps=["samples.seconds.json"]) as stage:
+                      stale=["samples*.np[yz]", "grid*.png"],
+                      scraps=["samples*.seconds.json"]) as stage:
         if stage.done:
             return
-        out = stage.out
         stage.save("sample_labels.npy", inputs.labels)
-        # All may stand where --npz was asked for later.
-        drawn = common.from_rank0(lambda: (out / "samples.npy").exists()
-                                  and (out / "grid.png").exists())
-        if not drawn:
-            pixels = draw_samples(args, inputs, out, device)
-            if common.rank() == 0:
-                in_turn = args.labels == "balanced" and inputs.model.num_classes <= 10
-                save_first(out / "grid.png", pixels, inputs.labels, in_turn)
-        if args.npz and common.rank() == 0:
-            with common.atomic(out / "samples.npz") as tmp, open(tmp, "wb") as f:
-                pixels = np.load(out / "samples.npy", mmap_mode="r")
-                np.savez(f, arr_0=pixels, arr_1=inputs.labels)
+        for cfg in inputs.names:
+            draw_one(args, inputs, cfg, stage.out, device)
         stage.finish(step=inputs.step, data_sha256=inputs.settings.get("data_sha256"),
                      data=inputs.settings.get("data"))
 

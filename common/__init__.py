@@ -17,10 +17,10 @@ ROOMS = {
              "check_finite sound_rows named_twice sha256",
     "stage": "Stage claim provenance",
     "rowfill": "fill fill_features fill_tokens",
-    "origins": "upstream record_of device_seconds",
+    "origins": "upstream record_of sample_names samples_of device_seconds",
     "inputs": "open_data check_classes rows_by_class load_features load_scores "
               "check_origin load_indices open_kept_images text_tokens load_checkpoint "
-              "open_checkpoint open_scorer open_encoder",
+              "open_checkpoint open_scorer open_encoder open_judges networks_in",
     "loop": "AMP autocast generator random_scores fast_float32 share_out step_draws lr_at "
             "optimizer_of backward optimizer_step",
     "training": "training_source need_even_batch load_kept load_class_weights load_text "

@@ -262,20 +262,21 @@ def open_scorer(path, data, official=None):
     return model, process, scale
 
 
-def open_encoder(name, data, device, weights=None, tokens=False):
+def open_encoder(name, data, device, weights=None, tokens=False, judge=0):
     """The encoder `name` for a data folder. scratch without weights: DATA/scratch.pt, made once.
 
     tokens: it must have patch tokens that float16 holds; those of the first image are tried.
+    judge: which network of scratch.
     """
     from models import encoders
     with user_errors():
         if name == "scratch" and not weights:
             weights = data.folder / "scratch.pt"
-            if rank() == 0 and not weights.exists():
-                make_scratch(weights, data, device)
+            if rank() == 0:
+                make_scratch(weights, data, device, judge + 1)
             barrier(patient=True)
         try:
-            encoder = encoders.load(name, device, weights=weights, images=data.images)
+            encoder = encoders.load(name, device, weights=weights, images=data.images, judge=judge)
             if tokens:
                 shape = encoders.extract(encoder, data.images, kind="tokens", rows=[0]).shape
                 half = np.empty(shape, np.float16)
@@ -287,14 +288,47 @@ def open_encoder(name, data, device, weights=None, tokens=False):
             raise UserError(f"{weights}: {e}; {data.folder} needs another")
 
 
-def make_scratch(path, data, device):
-    """Train the scratch network (seed 0, the full training set) and keep it beside the data."""
-    from models.scratch import train_scratch
+def open_judges(name, data, device, weights=None, count=1):
+    """[Encoder]: scratch as `count` networks of different seeds, any other encoder as itself.
+
+    Of a file that the user names, all that are asked for must be in it.
+    """
+    from models import encoders
+    if not encoders.ENCODERS[name].needs_labels:
+        return [open_encoder(name, data, device, weights)]
+    if weights:
+        held = len(networks_in(weights))
+        need(held >= count, f"{weights}: holds {held} network(s), fewer than --judges {count}; "
+                            "give fewer, or leave the file out")
+    elif count > 1:
+        # All are trained before the first is loaded: the file is written once.
+        open_encoder(name, data, device, judge=count - 1)
+    return [open_encoder(name, data, device, weights, judge=k) for k in range(count)]
+
+
+def networks_in(path):
+    """[state of each network] of a scratch.pt; [] where it is not there or not readable."""
+    from models.scratch import several
+    if not Path(path).exists():
+        return []
+    return several(load_pt(path, "a file of scratch networks"))
+
+
+def make_scratch(path, data, device, count=1):
+    """See that the file holds `count` scratch networks (seeds 0, 1, ...) of the training set."""
+    from models.scratch import add_networks, train_scratch
+    states = networks_in(path)
+    if len(states) >= count:
+        return
     sweep(data.folder)               # a killed call may have left its half of the file
-    log(f"training the scratch network on {len(data.images):,} images, once: {path}")
-    start = time.time()
-    state = train_scratch(data.images, data.labels, data.num_classes, device,
-                          test_images=data.test_images, test_labels=data.test_labels)
-    save_pt(path, {**state, "seconds": time.time() - start})
-    accuracy = "unknown" if state["accuracy"] is None else f"{state['accuracy']:.1%}"
-    log(f"scratch network: held-out accuracy {accuracy}")
+
+    def train(seed):
+        log(f"training scratch network {seed} on {len(data.images):,} images, once: {path}")
+        start = time.time()
+        state = train_scratch(data.images, data.labels, data.num_classes, device, seed,
+                              test_images=data.test_images, test_labels=data.test_labels)
+        accuracy = "unknown" if state["accuracy"] is None else f"{state['accuracy']:.1%}"
+        log(f"scratch network {seed}: held-out accuracy {accuracy}")
+        return {**state, "seconds": time.time() - start}
+
+    save_pt(path, add_networks(states[0] if states else None, count, train))

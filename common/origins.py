@@ -47,6 +47,20 @@ def record_of(folder, script):
     return load_record(file) if file.exists() else None
 
 
+def sample_names(cfg):
+    """{guidance: name of its samples}: one keeps the plain name, several are told apart by it."""
+    if not isinstance(cfg, list):
+        return {cfg: "samples"}
+    return {one: f"samples_cfg{one:g}" for one in cfg}
+
+
+def samples_of(folder):
+    """{guidance: its samples.npy} of a run, the main one first; without a record {None: file}."""
+    record = record_of(folder, "sample")
+    cfg = None if record is None else record["args"].get("cfg")
+    return {one: Path(folder) / f"{name}.npy" for one, name in sample_names(cfg).items()}
+
+
 def device_seconds(record, seconds):
     """What a script took by the clock, times the processes of its record (without one: one).
 

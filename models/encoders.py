@@ -21,7 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 
-from models.scratch import Scratch
+from models.scratch import Scratch, several
 
 
 # ---------------------------------------------------------------------------- the networks
@@ -369,7 +369,7 @@ class Encoder:
         self.spec = spec
         self.device = torch.device(device)
         self.net = net.to(device).eval().requires_grad_(False)
-        self.identity = f"{name}:{digest(net)}"
+        self.identity = f"{name}:{digest(net.state_dict())}"
         # Images that do not fit are refused here, before any work.
         z, tokens, _ = self._run(torch.from_numpy(np.array(probe)).to(device))
         self.width = z.shape[1]
@@ -412,10 +412,10 @@ class Encoder:
             return self.net((x - mean) / std)
 
 
-def digest(net):
-    """16 hex digits for the weights of a network."""
+def digest(state):
+    """16 hex digits for the weights of a network, a state dict."""
     h = hashlib.sha256()
-    for key, value in sorted(net.state_dict().items()):
+    for key, value in sorted(state.items()):
         h.update(f"{key}{tuple(value.shape)}".encode())
         h.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return h.hexdigest()[:16]
@@ -449,11 +449,12 @@ def extract(encoder, images, batch_size=256, kind="pooled", out=None, rows=None,
 
 
 # ---------------------------------------------------------------------------- loading
-def load(name, device, weights=None, images=None):
+def load(name, device, weights=None, images=None, judge=0):
     """The encoder `name`, ready to use.
 
     weights: a local file (for clip a folder or a name of its hub), else the usual download. images:
-    uint8 (N, H, W, C), what pixels is fitted on and what every other network is tried on.
+    uint8 (N, H, W, C), what pixels is fitted on and what every other network is tried on. judge:
+    which network of a file that holds several, as those of scratch do.
     """
     if name not in ENCODERS:
         raise ValueError(f"unknown encoder {name!r}; choose one of {', '.join(ENCODERS)}")
@@ -468,6 +469,8 @@ def load(name, device, weights=None, images=None):
     else:
         state = read_state(name, spec, weights)
         try:
+            if spec.needs_labels:
+                state = several(state)[judge]
             net = spec.build(state)
         except (ValueError, RuntimeError, LookupError, AttributeError, TypeError) as e:
             # This is what the dict of another network leads to.

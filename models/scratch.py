@@ -41,7 +41,7 @@ class Scratch(nn.Module):
 
     @classmethod
     def restore(cls, state):
-        """The network in what train_scratch returned."""
+        """The network in what train_scratch returned, the first where it holds several."""
         s = state["settings"]
         net = cls(int(s["channels"]), int(s["size"]), int(s["num_classes"]))
         net.load_state_dict(state["model"])
@@ -198,6 +198,23 @@ def one_cycle(net, batch, steps):
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.4 * batch / 256, steps + 1,
                                                    pct_start=0.25)
     return optimizer, schedule
+
+
+def several(state):
+    """[state of each network] of what add_networks returned, or of one network alone."""
+    return [state, *state.get("more", [])]
+
+
+def add_networks(state, count, train):
+    """`state` with as many networks as asked for, their seeds 0, 1, ...: judges of one kind.
+
+    state: what train_scratch returned, or None. train(seed) makes the next one. The first stays
+    where it was, so that whoever knows one network only reads this one.
+    """
+    states = [] if state is None else several(state)
+    for seed in range(len(states), count):
+        states.append(train(seed))
+    return {**states[0], "more": states[1:]}
 
 
 # ---------------------------------------------------------------------------- what it says

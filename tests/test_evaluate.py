@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import common
@@ -61,13 +62,13 @@ def world(made, tmp_path):
     return tmp_path / "w"
 
 
-def run(world, *flags, runs=("full", "small"), encoder="scratch"):
-    evaluate.main(["--data", str(world / "data"), "--runs", *(str(world / r) for r in runs), "--encoder", encoder, "--device", "cpu", *flags])
+def run(world, *flags, runs=("full", "small"), encoder="scratch", judges=1):
+    evaluate.main(["--data", str(world / "data"), "--runs", *(str(world / r) for r in runs), "--encoder", encoder, "--judges", str(judges), "--device", "cpu", *flags])
     return [json.loads((world / r / "metrics.json").read_text()) for r in runs if (world / r / "metrics.json").exists()]
 
 
 def outside(world, samples, *flags, encoder="pixels", out="out"):
-    evaluate.main(["--data", str(world / "data"), "--samples", str(samples), "--out", str(world / out), "--encoder", encoder, "--device", "cpu", *flags])
+    evaluate.main(["--data", str(world / "data"), "--samples", str(samples), "--out", str(world / out), "--encoder", encoder, "--judges", "1", "--device", "cpu", *flags])
     return json.loads((world / out / "metrics.json").read_text())
 
 
@@ -215,6 +216,84 @@ def test_colour_pictures_and_webp(tmp_path):
     got, labels = evaluate.read_samples(tmp_path)
     assert labels is None and got.shape == x.shape and sorted(got.sum((1, 2, 3))) == sorted(x.sum((1, 2, 3)))
     assert {".png", ".webp", ".bmp"} == {f.suffix.lower() for f in evaluate.pictures(tmp_path)}
+
+
+# ---------------------------------------------------------------------------------------------- several judges, several guidances
+def test_every_judge_s_figures_are_those_of_its_own_network_and_the_row_is_their_mean(world):
+    before = common.load_pt(world / "data" / "scratch.pt")
+    row = run(world, runs=("full",), judges=3)[0]["encoders"]["scratch"]
+    states = common.networks_in(world / "data" / "scratch.pt")
+    assert [s["seed"] for s in states] == [0, 1, 2]
+    for key, value in before["model"].items():                        # an old file of one network is the first judge of the new one
+        assert (states[0]["model"][key] == value).all()
+    x, everything = np.load(world / "full" / "samples.npy"), np.load(world / "data" / "images.npy")
+    fds = []
+    for state in states:
+        net = scratch.Scratch.restore(state).eval()
+        z = []
+        for images in (x, everything):
+            with torch.no_grad():
+                z.append(net(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255)[0].numpy().astype(np.float64))
+        fds.append(direct(*z))
+    assert [one["fd"] for one in row["judges"]] == pytest.approx(fds, rel=1e-3)
+    assert row["fd"] == pytest.approx(np.mean(fds), rel=1e-3) and len({one["identity"] for one in row["judges"]}) == 3
+    assert row["precision"] == pytest.approx(np.mean([one["precision"] for one in row["judges"]]))
+    per = np.mean([one["per_class"]["fd"] for one in row["judges"]], 0)
+    assert row["per_class"]["fd"] == pytest.approx(per) and row["per_class"]["worst_fd"] == pytest.approx(per.max()) and row["per_class"]["worst"] == per.argmax()
+
+
+def test_judges_that_stand_are_not_asked_again_and_more_of_them_are(world, capsys, monkeypatch):
+    run(world, runs=("full",), judges=2)
+    first = (world / "full" / "metrics.json").read_bytes()
+    run(world, runs=("full",), judges=2)
+    assert "measured already" in capsys.readouterr().out and (world / "full" / "metrics.json").read_bytes() == first
+    # Cut short behind the first judge: only the second is asked again.
+    made = json.loads(first)
+    del made["encoders"]["scratch"]["judges"][1]
+    (world / "full" / "metrics.json").write_text(json.dumps(made))
+    asked, figures = [], evaluate.figures
+    monkeypatch.setattr(evaluate, "figures", lambda r, ref, args: asked.append(ref.judge) or figures(r, ref, args))
+    run(world, runs=("full",), judges=2)
+    row = json.loads((world / "full" / "metrics.json").read_text())["encoders"]["scratch"]
+    assert asked == [1] and [one["fd"] for one in row["judges"]] == [one["fd"] for one in json.loads(first)["encoders"]["scratch"]["judges"]]
+    run(world, runs=("full",), judges=3)
+    assert asked == [1, 0, 1, 2]
+
+
+def test_a_file_with_fewer_judges_than_asked_for_is_refused(world, capsys):
+    path = world / "one.pt"
+    shutil.copy(world / "data" / "scratch.pt", path)
+    refused(capsys, lambda: run(world, "--encoder-weights", str(path), judges=2), path, "--judges 2")
+
+
+def test_several_guidances_are_measured_each_and_each_half_alone(world):
+    sample.main(["--checkpoint", str(world / "full" / "last.pt"), "--out", str(world / "full"), "--num", "40", "--steps", "2", "--cfg", "1", "1.5", "--seed", "3", "--device", "cpu", "--overwrite"])
+    run(world, runs=("full",))
+    everything = features(world, np.load(world / "data" / "images.npy"))
+    for name, cfg in (("metrics.json", 1), ("metrics_cfg1.5.json", 1.5)):
+        made = json.loads((world / "full" / name).read_text())
+        z = features(world, np.load(world / "full" / f"samples_cfg{cfg}.npy"))
+        row = made["encoders"]["scratch"]
+        assert made["protocol"]["cfg"] == cfg and row["fd"] == pytest.approx(direct(z, everything), rel=1e-3)
+        assert row["fd_halves"] == pytest.approx([direct(z[:20], everything), direct(z[20:], everything)], rel=1e-3)
+        assert (made["memorisation"] is not None) == (cfg == 1)
+    # The guided set of before, drawn alone, is the same: sample i depends on (seed, i) alone.
+    drawn = np.load(world / "full" / "samples_cfg1.5.npy")
+    sample.main(["--checkpoint", str(world / "full" / "last.pt"), "--out", str(world / "alone"), "--num", "40", "--steps", "2", "--cfg", "1.5", "--seed", "3", "--device", "cpu"])
+    assert np.array_equal(drawn, np.load(world / "alone" / "samples.npy"))
+
+
+def test_random_subsets_have_the_class_counts_of_the_kept_one(world):
+    row = run(world, runs=("small",))[0]["encoders"]["scratch"]
+    images, labels, keep = np.load(world / "data" / "images.npy"), np.load(world / "data" / "labels.npy"), np.load(world / "keep.npy")
+    z = features(world, images)
+    rng, mine = np.random.default_rng(7), []
+    for _ in range(200):                                              # other draws: the same distribution
+        rows = [rng.choice(np.flatnonzero(labels == c), (labels[keep] == c).sum(), replace=False) for c in range(K)]
+        mine.append(direct(z[np.concatenate(rows)], z))
+    theirs = row["fd_random_subsets"]
+    assert len(theirs) == 20 and len(set(theirs)) == 20
+    assert abs(np.mean(theirs) - np.mean(mine)) < 4 * np.std(mine) / 20 ** 0.5
 
 
 def test_num_takes_the_first(world):
@@ -442,8 +521,8 @@ def test_processes_measure_what_one_measures(n, more, world, tmp_path):
     """Uneven shards everywhere; statistics of more images than are held; samples of an .npz are sent to the others."""
     flags = ["--reference-max", "50", "--bootstrap", "2", *more]
     shutil.copytree(world, tmp_path / "n")
-    run(world, "--batch-size", "16", *flags)
-    ranks = processes(n, ROOT / "evaluate.py", "--data", tmp_path / "n" / "data", "--runs", tmp_path / "n" / "full", tmp_path / "n" / "small", "--encoder", "scratch",
+    run(world, "--batch-size", "16", *flags, judges=2)
+    ranks = processes(n, ROOT / "evaluate.py", "--data", tmp_path / "n" / "data", "--runs", tmp_path / "n" / "full", tmp_path / "n" / "small", "--encoder", "scratch", "--judges", "2",
                       "--device", "cpu", "--batch-size", "16", *flags)
     assert [code for code, *_ in ranks] == n * [0] and all(not out for _, out, _ in ranks[1:]), ranks
     for name in ("full", "small"):
@@ -457,14 +536,14 @@ def test_images_are_encoded_alike_from_a_file_and_from_memory(world):
     """Team.encode: rows of a memory map, of an array that would be sent in several parts, and all of it."""
     d = common.open_data(world / "data")
     enc = common.open_encoder("scratch", d, "cpu")
-    team, rows = evaluate.Team(enc, 16, "cpu"), np.array([2, 3, 50, 119])
+    team, rows = evaluate.Team([enc], 16, "cpu"), np.array([2, 3, 50, 119])
     want = encoders.extract(enc, d.images, rows=rows)
     sizes, ask = [], team.ask
-    team.ask = lambda task, source, ids, *rest: sizes.append(len(ids)) or ask(task, source, ids, *rest)
+    team.ask = lambda task, judge, source, ids, *rest: sizes.append(len(ids)) or ask(task, judge, source, ids, *rest)
     for images in (d.images, np.array(d.images), evaluate.Selection(d.images, np.arange(K * PER)), np.broadcast_to(np.array(d.images)[:, None], (K * PER, 1, 8, 8, 1))[:, 0]):
-        np.testing.assert_allclose(team.encode(images)[rows], want, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(team.encode(evaluate.Selection(d.images, rows)), want, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(team.encode(evaluate.Selection(np.array(d.images), rows)), want, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(team.encode(0, images)[rows], want, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(team.encode(0, evaluate.Selection(d.images, rows)), want, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(team.encode(0, evaluate.Selection(np.array(d.images), rows)), want, rtol=1e-5, atol=1e-5)
     assert sizes == [K * PER] * 4 + [4, 4]
 
 
