@@ -1,14 +1,18 @@
 """The comparison of several runs: one table, five answers, and the pictures.
 
 Runs that differ only in `-seedN` at the end of their folder's name are one row, with mean and
-standard deviation. A difference counts when it lies outside the 95 % interval of no difference
-(Welch's t over seeds); with one seed nothing is claimed beyond "higher" or "lower".
+standard deviation. Differences are paired: same start noise and labels, same seed, same judge. One
+is claimed when its 95 % interval over seeds and judges excludes zero (models/effects.py). Else the
+report says how large it would have to be, or that this setting cannot answer: where random images
+are almost as good as all of them, no selection has anything to gain. One seed claims nothing.
 
-Reads   RUN/metrics.json, train.args.json, samples.npy, nearest.png, trajectory.json where there is
-        one, and the *.args.json of the stages before
+Reads   RUN/metrics.json (metrics_cfg*.json of further guidances), train.args.json, samples.npy,
+        nearest.png, trajectory.json where there is one, and the *.args.json of the stages before
         --beside: report.json of other data sets or networks, for the fifth question; a folder
         stands for all NAME/report/report.json in it
-Writes  OUT/report.md, report.json, frontier.png, per_class.png, samples.png, nearest.png
+Writes  OUT/report.md        the table, five answers, the pictures: a minute's reading
+        OUT/details.md       every comparison, judge, guidance and cost, and the protocol
+        OUT/report.json, frontier.png, per_class.png, samples.png, nearest.png
 
     python report.py runs/digits/full runs/digits/random --out runs/digits/report
 """
@@ -44,8 +48,13 @@ RUNS = {
     "pruned":              Kind("selected", "Pruning"),
     "pruned-dro":          Kind("selected", "Pruning + DRO weights"),
     "pruned-dro-resample": Kind("selected", "Pruning + DRO resampling"),
+    "pruned-dro-permuted": Kind("selected", "Pruning + DRO weights of other classes"),
     "d2c-select":          Kind("selected", "D2C Select"),
     "d2c-select-attach":   Kind("selected", "D2C Select + Attach"),
+    # The same for as many epochs as the full run, which is as much shorter as the subset is.
+    "full-short":          Kind("short"),
+    "random-short":        Kind("short"),
+    "pruned-short":        Kind("short"),
 }
 FULL = "full"
 # What a subset has to beat; the second where D2C keeps another number of images than pruning.
@@ -53,7 +62,8 @@ RANDOM = ("random", "d2c-random")
 # Comparisons on the same images: run, its rival, and how the sentence calls them.
 DRO = (("pruned-dro", "pruned", "DRO reweighting", "the same images unweighted"),
        ("pruned-dro-resample", "pruned", "DRO resampling", "the same images unweighted"),
-       ("pruned-dro-resample", "pruned-dro", "DRO resampling", "DRO weights in the loss"))
+       ("pruned-dro-resample", "pruned-dro", "DRO resampling", "DRO weights in the loss"),
+       ("pruned-dro", "pruned-dro-permuted", "DRO reweighting", "the weights of other classes"))
 TRAINED_WITH = ("model", "process", "predict", "batch_size", "lr", "schedule", "warmup", "ema",
                 "label_drop", "dropout", "class_std", "grad_clip", "align", "flips", "amp")
 DRAWN_WITH = ("sampler", "steps", "cfg", "cfg_interval", "labels")
@@ -65,33 +75,30 @@ MAYBE = (int, float, type(None))
 
 # --------------------------------------------------------------------------------------- reading
 def read_run(folder):
-    """One run as a namespace, its figures under every encoder."""
+    """One run as a namespace, its figures under every encoder at every guidance."""
     folder = Path(folder)
-    metrics = read_metrics(folder / "metrics.json", folder)
     train = read_training(folder / "train.args.json", folder)
-    # Samples, figures and weights must be of one state of the run.
-    drawn = metrics["protocol"].get("checkpoint_step")
-    stands = steps_of(train)
-    need(drawn in (None, stands), f"{folder}: samples are of step {drawn}, the run stands at "
-         f"{stands}; draw and evaluate again")
-    file = folder / "samples.npy"
-    samples = common.load_npy(file, "samples, uint8 (n, H, W, C)", (None,) * 4, "u")
-    need(metrics.get("samples_sha256") == common.sha256(file),
-         f"{folder / 'metrics.json'}: is of other samples than {file}; run evaluate.py on this run "
-         "again")
+    guided = {}                                            # {guidance: figures}, the main one first
+    for cfg, samples in common.samples_of(folder).items():
+        file = folder / (f"metrics_cfg{cfg:g}.json" if guided else "metrics.json")
+        guided[cfg] = read_metrics(file, folder, samples, train)
+    main = next(iter(common.samples_of(folder).values()))
+    costs = costs_by_thing(train, folder)
     return SimpleNamespace(
         folder=folder,
         name=SEED.sub("", folder.name),                    # that of all its seeds
-        metrics=metrics,
+        metrics=next(iter(guided.values())),
+        guided=guided,
         train=train,
-        preparation=preparation(train, folder),            # {what: seconds}
-        samples=samples,                                   # (n, H, W, C), a memory map
+        costs=costs,                                       # {thing: (what, seconds)}
+        preparation=preparation(costs),                    # {what: seconds}
+        samples=np.load(main, mmap_mode="r"),              # (n, H, W, C)
         trajectory=read_trajectory(folder / "trajectory.json"),
         nearest=read_picture(folder / "nearest.png"))      # (h, w[, 3]), or None
 
 
-def read_metrics(file, folder):
-    """metrics.json, with all that every row of the report needs."""
+def read_metrics(file, folder, samples, train):
+    """metrics.json of these samples, with all that every row of the report needs."""
     need(file.is_file(), f"{file}: no such file; measure the run first: python evaluate.py --runs "
          f"{folder} --data DATA")
     metrics = common.load_json(file, "figures of evaluate.py", data=str, encoders=dict,
@@ -106,7 +113,18 @@ def read_metrics(file, folder):
         with common.reading(part, "row of figures"):
             common.fields(part, e, fd=NUMBER, n=int, identity=str, distance=str, reference=str)
             there(part, e, kid=dict, per_class=dict, fd_subset=MAYBE, read_as_labelled=MAYBE,
-                  precision=MAYBE, recall=MAYBE, density=MAYBE, coverage=MAYBE)
+                  precision=MAYBE, recall=MAYBE, density=MAYBE, coverage=MAYBE, judges=list,
+                  fd_random_subsets=(list, type(None)))
+            for one in e.get("judges", []):
+                common.fields(part, one, fd=NUMBER, identity=str)
+    # Samples, figures and weights must be of one state of the run.
+    drawn = metrics["protocol"].get("checkpoint_step")
+    stands = steps_of(train)
+    need(drawn in (None, stands), f"{folder}: samples are of step {drawn}, the run stands at "
+         f"{stands}; draw and evaluate again")
+    common.load_npy(samples, "samples, uint8 (n, H, W, C)", (None,) * 4, "u")
+    need(metrics.get("samples_sha256") == common.sha256(samples),
+         f"{file}: is of other samples than {samples}; run evaluate.py on this run again")
     return metrics
 
 
@@ -205,25 +223,39 @@ def steps_of(train):
     return train["images_seen"] // train["args"]["batch_size"]
 
 
-def preparation(record, run="the run"):
-    """{what: seconds} of all that had to be computed before a training run could start.
+def costs_by_thing(record, run="the run"):
+    """{thing: (what it is, seconds)} of all that a training run needed before it could start.
 
     Features, scores, weights, attachments, and the training of every network that these used, each
     thing once. None: unknown. record: train.args.json.
     """
-    cost = {}                                              # {key: (what, seconds)}
+    cost = {}
     for step in common.upstream(record, run):
         what, known = cost.get(step.key, (step.what, 0.0))
         # Of two figures for one thing the larger counts: a checkpoint at the end of training
         # contains those before it.
         unknown = step.seconds is None or known is None
         cost[step.key] = what, None if unknown else max(step.seconds, known)
+    return cost
+
+
+def preparation(costs):
+    """{what: seconds} of costs_by_thing()."""
     # Several things may be of one kind, as the kept sets of two calls of prune.py.
     out = {}
-    for what, seconds in cost.values():
+    for what, seconds in costs.values():
         before = out.get(what, 0)
         out[what] = None if seconds is None or before is None else before + seconds
     return out
+
+
+def amortised(run, runs):
+    """Seconds of a run's preparation when all that use a thing share its cost; None: unknown."""
+    shares = []
+    for thing, (_, seconds) in run.costs.items():
+        users = sum(thing in other.costs for other in runs)
+        shares.append(None if seconds is None else seconds / users)
+    return None if None in shares else sum(shares)
 
 
 def total(cost):
@@ -339,14 +371,82 @@ def fault_of_trajectory(run, made, judge):
 
 
 # ----------------------------------------------------------------------------------------- table
-def rows_of(runs, judge):
-    """{run name: {figure: [one value per seed]}} in the order given."""
+# Figures that every judge has of its own, under these names in the table.
+JUDGED = dict(fd="fd", fd_subset="fd_subset", precision="precision", recall="recall",
+              read="read_as_labelled", density="density", coverage="coverage")
+
+
+def rows_of(runs, judge, share):
+    """{run name: {figure: [one value per seed]}} in the order given.
+
+    Under `judged` the figures of every judge: {figure: [[one value per judge] per seed]}. share: of
+    the training, over which the mean FD of a trajectory is taken.
+    """
     table = {}
     for run in runs:
         row = table.setdefault(run.name, {})
         for name, value in figures_of(run, judge).items():
             row.setdefault(name, []).append(value)
+        row.setdefault("preparation_shared", []).append(amortised(run, runs))
+        judged = row.setdefault("judged", {})
+        for name, values in judged_figures(run, judge, share).items():
+            judged.setdefault(name, []).append(values)
+    for name, row in table.items():
+        seeds = len(row["seed"])
+        # What was not measured of every seed is left out.
+        row["judged"] = {key: values for key, values in row["judged"].items()
+                         if len(values) == seeds}
+        add_best_guidance([run for run in runs if run.name == name], row, judge)
+        for key in ("area", "best_fd"):
+            values = row["judged"].get(key, seeds * [[None]])
+            row[key] = [mean(by_judge) for by_judge in values]
     return table
+
+
+def judges_in(e):
+    """[the figures of each judge] of one row of metrics.json; older files are of one judge."""
+    return e.get("judges") or [e]
+
+
+def judged_figures(run, judge, share):
+    """{figure: [one value per judge]} of one run, what was measured."""
+    e = run.metrics["encoders"][judge]
+    judges = judges_in(e)
+    out = {}
+    for name, key in JUDGED.items():
+        values = [one.get(key) for one in judges]
+        if None not in values:
+            out[name] = values
+    if all("per_class" in one for one in judges):
+        out["worst"] = [one["per_class"]["worst_fd"] for one in judges]
+    if run.trajectory:
+        from models.effects import mean_until
+        steps = [point["step"] for point in run.trajectory]
+        values = [point.get("fds", [point["fd"]]) for point in run.trajectory]    # (points, judges)
+        area = mean_until(steps, values, share * steps[-1])
+        if area is not None:
+            out["area"] = area.tolist()
+    return out
+
+
+def add_best_guidance(seeds, row, judge):
+    """row: FD at the best guidance, chosen on one half of the noise and scored on the other.
+
+    seeds: the runs of one name. Their numbers are of half as many samples as the column FD.
+    """
+    from models.effects import best_guidance
+    settings = list(seeds[0].guided)
+    halves = []                                            # [guidance][seed][judge][half]
+    for cfg in settings:
+        rows = [run.guided.get(cfg, {}).get("encoders", {}).get(judge) for run in seeds]
+        if None in rows or any("fd_halves" not in one for e in rows for one in judges_in(e)):
+            return
+        halves.append([[one["fd_halves"] for one in judges_in(e)] for e in rows])
+    if len(settings) < 2:
+        return
+    values, chosen = best_guidance(halves)
+    row["judged"]["best_fd"] = values.tolist()
+    row["best_guidance"] = sorted({settings[k] for k in chosen})
 
 
 def figures_of(run, judge):
@@ -360,19 +460,22 @@ def figures_of(run, judge):
     ratio = {name: figure.get("ratio", {}).get("share") for name, figure in memo.items()}
     # Every figure that a later report may want to read from report.json.
     return {
+        "seed": train["args"].get("seed"), "guidance": run.metrics["protocol"].get("cfg"),
         "kept": train["images_kept"], "steps": steps_of(train), "epochs": train["epochs"],
         "images_seen": train["images_seen"],
         "seconds": common.device_seconds(train, train["train_seconds"]),
         "preparation": total(run.preparation),
         "n": e["n"], "fd": e["fd"], "fd_subset": e.get("fd_subset"),
+        "fd_random_subsets": mean(e.get("fd_random_subsets") or []),
         "worst": classes.get("worst_fd"), "worst_n": classes.get("n"),
         "read": e.get("read_as_labelled"),
         "precision": e.get("precision"), "recall": e.get("recall"),
         "density": e.get("density"), "coverage": e.get("coverage"),
+        "memo_of": audit.get("model_of"),
         "memo": share.get("samples"), "memo_heldout": share.get("heldout"),
         "memo_noise": share.get("noise"), "memo_baseline": share.get("baseline"),
-        "memo_alike": share.get("alike"), "memo_n": audit.get("n"),
-        "memo_side": memo.get("samples", {}).get("n"),
+        "memo_alike": share.get("alike"), "memo_alike_n": audit.get("alike_n"),
+        "memo_n": audit.get("n"), "memo_side": memo.get("samples", {}).get("n"),
         "ratio": ratio.get("samples"), "ratio_noise": ratio.get("noise")}
 
 
@@ -440,61 +543,129 @@ def percent(x, form=".0%"):
     return format(x, form).replace("%", " %")
 
 
-def difference(a, b):
-    """(change of the mean from b to a, half its 95 % interval, number of seeds, whether it counts).
+# ----------------------------------------------------------------------------------- differences
+@dataclass
+class Effect:
+    """How much a figure of one run lies above that of its rival, where lower is better."""
+    who: str
+    whom: str
+    what: str                        # the figure, in words
+    at: str                          # "at equal steps"
+    change: float                    # of the mean, relative to the rival
+    half: float | None               # of its 95 % interval; None for one seed
+    seeds: int
+    judges: int
+    headroom: float | None           # how much lower the full run is than the rival; None: unknown
 
-    Both relative to b; the interval of one seed is None. Welch's t test: with 3 seeds the factor is
-    2.8 to 4.3 standard errors, not 2. Runs of one seed share noise, which is left unused.
-    """
-    from scipy.stats import t as student
-    a = [v for v in a if v is not None]
-    b = [v for v in b if v is not None]
-    n = min(len(a), len(b))                                # seeds
-    change = mean(a) / mean(b) - 1 if mean(b) else math.inf
-    if n < 2:
-        return change, None, n, False
-    # Variances of the two means, and the degrees of freedom that Welch and Satterthwaite give
-    # their sum; equal values in both have none.
-    va = spread(a) ** 2 / len(a)
-    vb = spread(b) ** 2 / len(b)
-    freedom = 1
-    if va + vb:
-        freedom = (va + vb) ** 2 / (va ** 2 / (len(a) - 1) + vb ** 2 / (len(b) - 1))
-    error = math.inf
-    if mean(b):
-        error = float(student.ppf(0.975, freedom)) * math.sqrt(va + vb) / mean(b)
-    return change, error, n, abs(change) > error
+    @property
+    def outcome(self):
+        if self.half is None:
+            return "one seed"
+        if self.change == 0 and self.half == 0:
+            return "identical"
+        if abs(self.change) > self.half:
+            return "lower" if self.change < 0 else "higher"
+        # An effect as large as all that could be gained would not have been seen.
+        if self.headroom is not None and self.headroom < 2 * self.half:
+            return "unanswerable"
+        return "undetected"
+
+    @property
+    def size(self):
+        """'+5 % ± 26 %'."""
+        text = percent(self.change, "+.0%")
+        return text if self.half is None else f"{text} ± {percent(self.half)}"
 
 
-def compare(a, b, who, whom, what="FD", at="at equal steps"):
-    """One sentence on two runs; lower is better. None without figures.
+def matrix(row, key):
+    """{seed: [figure under each judge]} of a row of the table; rows of older reports have no seeds."""
+    values = row.get("judged", {}).get(key)
+    if values is None:
+        if None in row.get(key, [None]):
+            return {}
+        values = [[value] for value in row[key]]
+    return dict(zip(row.get("seed", range(len(values))), values))
 
-    It claims a difference only when it is beyond the spread over seeds.
-    """
-    if mean(a) is None or mean(b) is None:
+
+def effect(t, run, rival, who, whom, what="FD", key="fd"):
+    """The Effect of a run against its rival, over the seeds that both have; None without figures."""
+    found = measured_effect(t[run], t[rival], key)
+    if found is None:
         return None
-    change, error, n, counts = difference(a, b)
-    size = percent(abs(change))
-    way = "lower" if change < 0 else "higher"
-    if n < 2:
-        return f"{who} has {size} {way} {what} than {whom} {at}; one seed, so no claim"
-    # Beyond the spread alone there is a winner.
-    if not counts:
-        return (f"No difference beyond the spread between {who} and {whom}: {what} {size} {way} "
-                f"{at}, n={n}, spread {percent(error)}")
-    verb = "beats" if change < 0 else "is worse than"
-    return f"{who} {verb} {whom} by {size} {what} {at}, n={n}, spread {percent(error)}"
-
-
-def versus(t, run, rival, who, whom, what="FD", key="fd"):
-    """compare() on two rows of the table, which may not have trained for the same steps."""
-    a = t[run]
-    b = t[rival]
-    # The sentence says so where the budgets differ.
+    change, half, seeds, judges = found
     at = "at equal steps"
-    if set(a["steps"]) != set(b["steps"]):
-        at = f"at {a['steps'][0]:,} steps against {b['steps'][0]:,}"
-    return compare(a[key], b[key], who, whom, what, at)
+    # The sentence says so where the budgets differ.
+    if set(t[run]["steps"]) != set(t[rival]["steps"]):
+        at = f"at {t[run]['steps'][0]:,} steps against {t[rival]['steps'][0]:,}"
+    return Effect(who, whom, what, at, change, half, seeds, judges, headroom(t, rival, key))
+
+
+def measured_effect(a, b, key):
+    """(change, half, seeds, judges) between two rows, or None where a figure is missing."""
+    from models.effects import relative_effect
+    mine = matrix(a, key)
+    theirs = matrix(b, key)
+    seeds = [seed for seed in mine if seed in theirs]
+    if not seeds:
+        return None
+    x = [mine[seed] for seed in seeds]
+    y = [theirs[seed] for seed in seeds]
+    if len({len(values) for values in (*x, *y)}) > 1:
+        return None                      # of different judges
+    change, half = relative_effect(x, y)
+    return change, half, len(seeds), len(x[0])
+
+
+def headroom(t, rival, key="fd"):
+    """How much lower the full run's figure is, relative to the rival's: what could be gained."""
+    if FULL not in t or rival == FULL:
+        return None
+    found = measured_effect(t[FULL], t[rival], key)
+    return None if found is None else -found[0]
+
+
+def sentence(e):
+    """One Effect in words, for details.md. Nothing is called equal: only what would show is said."""
+    repeated = f"n={e.seeds} seeds"
+    if e.judges > 1:
+        repeated += f" x {e.judges} judges"
+    against = f"{e.who} against {e.whom}, {e.what} {e.at}"
+    if e.outcome == "one seed":
+        return f"{against}: {e.size}; one seed, so no claim"
+    if e.outcome == "identical":
+        return f"{against}: the same figures to the last digit, {repeated}"
+    if e.outcome in ("lower", "higher"):
+        return f"{against}: {e.outcome}, {e.size}, {repeated}"
+    if e.outcome == "undetected":
+        return (f"{against}: a difference is not detectable below {percent(e.half)} (measured "
+                f"{e.size}), {repeated}")
+    return (f"{against}: cannot be answered in this setting: it would show from {percent(e.half)} "
+            f"on, and the full run is {percent(e.headroom)} lower than {e.whom} (measured "
+            f"{e.size}), {repeated}")
+
+
+# The order of the outcomes in a summary, and how it calls them.
+OUTCOMES = {"lower": "better", "higher": "worse", "undetected": "not detectable",
+            "unanswerable": "cannot be answered in this setting",
+            "identical": "the same figures", "one seed": "one seed, so no claim"}
+
+
+def summary(effects, named=lambda e: e.who):
+    """All effects in one sentence, by outcome: 'better: Pruning (-23 % ± 8 %); worse: ...'."""
+    parts = []
+    for outcome, words in OUTCOMES.items():
+        found = [e for e in effects if e.outcome == outcome]
+        if found:
+            figures = ", ".join(f"{named(e)} ({figure_of(e)})" for e in found)
+            parts.append(f"{words}: {figures}")
+    return "; ".join(parts)
+
+
+def figure_of(e):
+    """The figure of an effect in a summary."""
+    if e.outcome == "undetected":
+        return f"below {percent(e.half)}, measured {percent(e.change, '+.0%')}"
+    return e.size
 
 
 def family(name):
@@ -528,72 +699,156 @@ def rival_of(t, run, families=RANDOM):
 
 
 # ------------------------------------------------------------------------------ the five answers
-def answer_random(t):
-    """Is it better than random?"""
-    said = []
+def against_random(t, key="fd", what="FD"):
+    """[Effect] of every selected run against the random row of its size."""
+    found = []
     for run in t:
         who = title(run)
         rival = rival_of(t, run)
         if who and rival:
-            said.append(versus(t, run, rival, who, rival))
+            found.append(effect(t, run, rival, who, rival, what, key))
+    return [e for e in found if e]
+
+
+def of_weights(t):
+    """[Effect] of DRO against the same images unweighted, and weighted by the wrong classes.
+
+    It is meant for the worst class.
+    """
+    found = []
     for run in t:
-        said += answer_weights(t, run)
-    return [sentence for sentence in said if sentence]
+        for mine, other, who, whom in DRO:
+            rival = rival_of(t, run, (other,))
+            if family(run) != mine or not rival:
+                continue
+            who = who + run[len(mine):].replace("-", " ")
+            found.append(effect(t, run, rival, who, whom))
+            n = {*t[run]["worst_n"], *t[rival]["worst_n"]}
+            if len(n) == 1:
+                # It depends on n.
+                what = f"worst-class FD (n={n.pop()} a class)"
+                found.append(effect(t, run, rival, who, whom, what, "worst"))
+    return [e for e in found if e]
 
 
-def answer_weights(t, run):
-    """DRO against the same images unweighted; it is meant for the worst class."""
-    said = []
-    for mine, other, who, whom in DRO:
-        rival = rival_of(t, run, (other,))
-        if family(run) != mine or not rival:
-            continue
-        said.append(versus(t, run, rival, who, whom))
-        n = {*t[run]["worst_n"], *t[rival]["worst_n"]}
-        if len(n) == 1:
-            # It depends on n.
-            what = f"worst-class FD (n={n.pop()} a class)"
-            said.append(versus(t, run, rival, who, whom, what, "worst"))
-    return said
-
-
-def answer_source(t):
-    """Does the gain come from selection or from the attachments?"""
+def of_sources(t, key="fd", what="FD"):
+    """[Effect] of selecting and attaching, each alone and together."""
     chosen, attached, both = "d2c-select", "random-attach", "d2c-select-attach"
     if not {chosen, attached, both} <= set(t):
         return []
     base = rival_of(t, chosen)
     if not base:
         return []
-    said = (versus(t, chosen, base, "Selection alone", base),
-            versus(t, attached, base, "Attaching alone", base),
-            versus(t, both, base, "Their combination", base),
-            versus(t, both, attached, "Selection on top of attachments",
-                   "attachments on random images"))
-    return [sentence for sentence in said if sentence]
+    pairs = ((chosen, base, "Selection alone", base), (attached, base, "Attaching alone", base),
+             (both, base, "Both", base),
+             (both, attached, "Selection on top of attachments", "attachments on random images"))
+    found = [effect(t, run, rival, who, whom, what, key) for run, rival, who, whom in pairs]
+    return [e for e in found if e]
 
 
-def answer_memorising(t):
-    """Is it memorising?"""
+def all_effects(t, share):
+    """{question: [Effect]} of all that the report compares."""
+    at_best = "FD at each run's best guidance"
+    early = f"mean FD over the first {percent(share)} of training"
+    return {"random": against_random(t), "random, best guidance": against_random(t, "best_fd", at_best),
+            "weights": of_weights(t), "source": of_sources(t),
+            "source, best guidance": of_sources(t, "best_fd", at_best),
+            "random, early": against_random(t, "area", early),
+            "source, early": of_sources(t, "area", early)}
+
+
+def answer_random(effects):
+    """Is it better than random?"""
     said = []
-    for name, row in t.items():
-        if mean(row["memo"]) is None:
-            continue
-        # A model of the full set has no held-out control: those images are its pool.
-        of_full_set = mean(row["memo_heldout"]) is None
-        said.append(against_heldout(name, row) if of_full_set else against_unseen(name, row))
+    if effects["random"]:
+        said.append(f"FD against random images: {summary(effects['random'])}")
+    if effects["random, best guidance"]:
+        found = summary(effects["random, best guidance"])
+        said.append(f"At each run's best guidance: {found}")
+    if effects["weights"]:
+        def named(e):
+            what = "worst class" if e.what.startswith("worst") else e.what
+            return f"{e.who} against {e.whom}, {what}"
+        said.append(f"Class weights: {summary(effects['weights'], named)}")
     return said
 
 
+def answer_source(effects):
+    """Does the gain come from selection or from the attachments?"""
+    said = []
+    if effects["source"]:
+        said.append(f"FD: {summary(effects['source'])}")
+    if effects["source, early"]:
+        said.append(f"{capital(effects['source, early'][0].what)}: "
+                    f"{summary(effects['source, early'])}")
+    return said
+
+
+def capital(text):
+    return text[:1].upper() + text[1:]
+
+
+def headroom_line(t):
+    """What could be gained at most, and how large a difference would have shown."""
+    lines = []
+    for rival in [name for name in t if family(name) in RANDOM]:
+        top = headroom(t, rival)
+        if top is None:
+            continue
+        halves = [e.half for e in against_random(t) if e.whom == rival and e.half is not None]
+        if not halves:
+            found = measured_effect(t[FULL], t[rival], "fd")
+            halves = [found[1]] if found[1] is not None else []
+        text = (f"**Headroom**: all images instead of `{rival}` change FD by "
+                f"{percent(-top, '+.0%')}: no selection has more to gain.")
+        if halves:
+            x = statistics.median(halves)
+            text += f" **Detectable**: {percent(x)} (the middle half-width of a 95 % interval)."
+            if top < 2 * x:
+                text += (" Headroom below twice that: whether a selection gains **cannot be "
+                         "answered in this setting**; harm can be seen.")
+        else:
+            text += " One seed: nothing is detectable."
+        lines += [text, ""]
+    return lines
+
+
+def memorising(t):
+    """{run: (verdict, the whole sentence)}. Is it memorising?"""
+    said = {}
+    for name, row in t.items():
+        if mean(row["memo"]) is not None:
+            said[name] = against_heldout(name, row) if of_full_set(row) else against_unseen(name, row)
+    return said
+
+
+def of_full_set(row):
+    """Whether a run was trained on all images; older audits do not say, but had no such control."""
+    known = [of for of in row.get("memo_of", []) if of]
+    if known:
+        return known[0] == "the full set"
+    return mean(row["memo_heldout"]) is None
+
+
+def answer_memorising(said):
+    """One sentence: the runs by their verdict."""
+    verdicts = {}
+    for name, (verdict, _) in said.items():
+        verdicts.setdefault(verdict, []).append(name)
+    parts = [f"{', '.join(names)}: {verdict}" for verdict, names in verdicts.items()]
+    return ["; ".join(parts)] if parts else []
+
+
 def against_heldout(name, row):
-    """A sentence on a model of the full set, for which the held-out images are the unseen ones."""
+    """On a model of the full set, for which the held-out images are the unseen ones."""
     m = mean(row["memo"])
     noise = mean(row["memo_noise"])
     # Of a share near one half, over the samples or over the held-out images where these are fewer.
     error = math.sqrt(0.25 / min(v for v in (*row["memo_n"], *row["memo_side"]) if v))
-    return (f"{name} {verdict_on_full(m, noise, error)}: {m:.2f} of the samples lie nearer to "
-            f"training images than to held-out ones (0.50 = none copied, {noise:.2f} = all of them "
-            f"noisy copies, standard error {error:.2f}){ratio_in_words(row)}")
+    verdict = verdict_on_full(m, noise, error)
+    return verdict, (f"{name} {verdict}: {m:.2f} of the samples lie nearer to training images than "
+                     f"to held-out ones (0.50 = none copied, {noise:.2f} = all of them noisy "
+                     f"copies, standard error {error:.2f}){ratio_in_words(row)}")
 
 
 def verdict_on_full(m, noise, error):
@@ -611,32 +866,39 @@ def verdict_on_full(m, noise, error):
 
 
 def against_unseen(name, row):
-    """A sentence on a model of a subset, for which other training images are the unseen ones."""
+    """On a model of a subset, for which other training images are the unseen ones."""
     m = mean(row["memo"])
-    # Controls: images and samples that are no copies, whatever they score.
-    held, alike, base = (mean(row[f"memo_{key}"]) for key in ("heldout", "alike", "baseline"))
     noise = mean(row["memo_noise"])
+    # Controls: images and samples that are no copies, whatever they score. Not every data folder
+    # has held-out images, nor every comparison a full run.
+    controls = {"held-out images": mean(row["memo_heldout"]),
+                "held-out images most like its own": mean(row["memo_alike"]),
+                "samples of the full model": mean(row["memo_baseline"])}
+    controls = {what: value for what, value in controls.items() if value is not None}
     # Two standard errors of a share near one half; seeds share the held-out images.
-    chance = 1 / math.sqrt(min(n for n in row["memo_n"] if n))
-    controls = f"held-out images {held:.2f}"
-    if alike is not None:
-        controls += f", those most like its own {alike:.2f}"
-    if base is not None:
-        controls += f", samples of the full model {base:.2f}"
-    verdict = verdict_on_subset(m, held, alike, base, noise, chance)
-    return (f"{name} {verdict}: {m:.2f} of the samples lie nearer to its own images than to "
-            f"equally many unseen ones ({controls}, noisy copies {noise:.2f}){ratio_in_words(row)}")
+    numbers = [n for n in row["memo_n"] if n]
+    if controls and max(controls, key=controls.get) == "held-out images most like its own":
+        numbers += [n for n in row.get("memo_alike_n", []) if n]
+    chance = 1 / math.sqrt(min(numbers))
+    verdict = verdict_on_subset(m, controls, noise, chance)
+    compared = ", ".join(f"{what} {value:.2f}" for what, value in controls.items())
+    return verdict, (f"{name} {verdict}: {m:.2f} of the samples lie nearer to its own images than "
+                     f"to equally many other training images ({compared or 'no control'}, noisy "
+                     f"copies {noise:.2f}){ratio_in_words(row)}")
 
 
-def verdict_on_subset(m, held, alike, base, noise, chance):
+def verdict_on_subset(m, controls, noise, chance):
     """The zero is what images score that are no copies, by the highest of the controls."""
-    zero = max(v for v in (held, base, alike) if v is not None)
+    if not controls:
+        return "cannot be judged, there is no control (held-out images, or a full run)"
+    zero = max(controls.values())
     # Copies must score visibly more than what is no copy.
     if noise < zero + 0.2:
         return "cannot be judged, images that are no copies score almost what copies do"
     # Held-out images of the same kind should score one half; the full model's samples tell
     # where a subset is nearer to everything.
-    if abs(held - 0.5) > 0.1 and base is None:
+    held = controls.get("held-out images", 0.5)
+    if abs(held - 0.5) > 0.1 and "samples of the full model" not in controls:
         return "cannot be judged, its controls are off"
     # Nearer to what copies score than to what others do.
     if m > (zero + noise) / 2:
@@ -656,8 +918,50 @@ def ratio_in_words(row):
             f"{percent(noise)}")
 
 
-def answer_cost(t, reached):
-    """What does preparation cost, and when does each run reach the full run's final FD?"""
+def answer_cost(t, reached, epochs):
+    """What does preparation cost, and when does a run reach the full run's final FD?"""
+    said = []
+    known = [row for row in t.values() if prepared(row)]
+    if known:
+        alone = [prepared(row) for row in known]
+        shared = [mean(row["preparation_shared"]) for row in known]
+        train = [mean(row["seconds"]) for row in known]
+        said.append(f"Preparation takes {between(alone)} s a run, {between(shared)} s where the "
+                    f"runs of this report share it, beside {between(train)} s of training")
+    if reached:
+        ways = [reached_in_short(t, name, reached) for name in reached]
+        said.append(f"Within 5 % of the full run's final FD at equal steps: {'; '.join(ways)}")
+    said += [text for _, text in epochs]
+    return said
+
+
+def between(values):
+    """'12 to 45'."""
+    low, high = f"{min(values):,.0f}", f"{max(values):,.0f}"
+    return low if low == high else f"{low} to {high}"
+
+
+def reached_in_short(t, name, reached):
+    point, _ = reached[name]
+    if point is None:
+        return f"{name} not reached"
+    text = f"{name} after {point['step']:,} steps"
+    if name != FULL:
+        text += f" ({speed_up(prepared(t[name]), point, reached)})"
+    return text
+
+
+def speed_up(cost, point, reached):
+    """How much sooner than the full run itself, in seconds of all devices together."""
+    goal = reached[FULL][0]["seconds"]
+    text = f"speed-up {goal / max(point['seconds'], 1e-9):.2f}x"
+    if cost is not None:
+        text += f", with preparation {goal / max(point['seconds'] + cost, 1e-9):.2f}x"
+    return text
+
+
+def cost_of_each(t, reached):
+    """A sentence on each run: preparation beside training, and when it was as good as the full."""
     said = []
     for name, row in t.items():
         cost = prepared(row)
@@ -667,10 +971,50 @@ def answer_cost(t, reached):
                         "its preparation is unknown")
         elif cost > 0:
             train = mean(row["seconds"])
-            said.append(f"{name}: {cost:,.1f} s of preparation for {train:,.0f} s of training")
+            said.append(f"{name}: {cost:,.1f} s of preparation "
+                        f"({mean(row['preparation_shared']):,.1f} s shared) for {train:,.0f} s of "
+                        "training")
         if name in reached:
             said.append(reached_in_words(name, cost, reached))
     return said
+
+
+def equal_epochs(t):
+    """[(verdict, sentence)] on the papers' speed-up, of every pruned run trained that briefly.
+
+    r = its steps / the full run's. It holds where the pruned run comes within 5 % of the full run
+    at its end, and is better than the full data and than random images trained for as many steps.
+    """
+    said = []
+    for run, row in t.items():
+        if family(run) != "pruned-short" or FULL not in t:
+            continue
+        steps = set(row["steps"])
+        briefly = [name for name in t if family(name) == "full-short"
+                   and set(t[name]["steps"]) == steps]
+        random = rival_of(t, run, ("random-short",))
+        if not briefly or not random or set(t[random]["steps"]) != steps:
+            continue
+        to_full = effect(t, run, FULL, run, "full at its end")
+        rivals = [effect(t, run, briefly[0], run, "full data trained as briefly"),
+                  effect(t, run, random, run, "random images trained as briefly")]
+        verdict = verdict_on_epochs(to_full, rivals)
+        times = t[FULL]["steps"][0] / row["steps"][0]
+        figures = ", ".join(f"{e.size} against {e.whom}" for e in (to_full, *rivals))
+        said.append((verdict, f"A speed-up of {times:.3g}x at equal epochs ({run}, "
+                              f"{row['steps'][0]:,} steps) {verdict}: FD {figures}"))
+    return said
+
+
+def verdict_on_epochs(to_full, rivals):
+    """In words; to_full: Effect against the full run, rivals: against what trained as briefly."""
+    if to_full.half is None:
+        return "is not decided by one seed"
+    if to_full.change + to_full.half <= WITHIN and all(e.outcome == "lower" for e in rivals):
+        return "holds"
+    if to_full.change - to_full.half > WITHIN or any(e.outcome == "higher" for e in rivals):
+        return "does not hold"
+    return "cannot be answered at this number of seeds"
 
 
 def reached_in_words(name, cost, reached):
@@ -684,39 +1028,51 @@ def reached_in_words(name, cost, reached):
     if name == FULL:
         return said
     # Against the moment at which the full run itself came within reach.
-    goal = reached[FULL][0]["seconds"]
-    said += f" (speed-up {goal / max(point['seconds'], 1e-9):.2f}x"
-    if cost is not None:
-        said += f", with preparation {goal / max(point['seconds'] + cost, 1e-9):.2f}x"
-    return said + ")"
+    return f"{said} ({speed_up(cost, point, reached)})"
 
 
 def answer_elsewhere(t, setting, others):
     """Does it hold on another model or data set? others: {what it is: its table}.
 
-    Distances of different judges and budgets do not compare. How much a run lies above the random
-    row of its own size does, roughly, and so does the order of these figures.
+    In short: how many of the differences that both places claim have the same sign.
     """
     if not others:
         return [f"This report is {setting}; run_all.sh puts those of other networks and data sets "
                 "beside it (MODEL=unet-tiny bash run_all.sh makes one)"]
+    mine = above_random(t)
+    said = []
+    for name, table in others.items():
+        theirs = above_random(table)
+        both = [run for run in mine if run in theirs]
+        claimed = [run for run in both if mine[run].outcome in ("lower", "higher")
+                   and theirs[run].outcome in ("lower", "higher")]
+        same = sum(mine[run].outcome == theirs[run].outcome for run in claimed)
+        if both:
+            said.append(f"{name}: of {len(both)} runs in both, {len(claimed)} differ from random in "
+                        f"both places beyond the interval, {same} of them the same way")
+    return said
+
+
+def elsewhere_in_full(t, others):
+    """Every run here and there, and the order of the runs.
+
+    Distances of different judges and budgets do not compare. How much a run lies above the random
+    row of its own size does, roughly, and so does the order of these figures.
+    """
     from scipy.stats import spearmanr
     said = []
     mine = above_random(t)
-    # {report: {run: (title, change, what it counts)}}
     theirs = {name: above_random(table) for name, table in others.items()}
-    for run, (who, change, counts) in mine.items():
-        figures = [f"{percent(change, '+.0%')} here{counts}"]
-        for name, rows in theirs.items():
-            if run in rows:
-                _, change, counts = rows[run]
-                figures.append(f"{percent(change, '+.0%')} with {name}{counts}")
+    for run, e in mine.items():
+        figures = [f"{e.size} here ({e.outcome})"]
+        figures += [f"{rows[run].size} with {name} ({rows[run].outcome})"
+                    for name, rows in theirs.items() if run in rows]
         if len(figures) > 1:
-            said.append(f"{who}, FD against random: {'; '.join(figures)}")
+            said.append(f"{e.who}, FD against random: {'; '.join(figures)}")
     for name, rows in theirs.items():
         both = [run for run in mine if run in rows]
-        a = [mine[run][1] for run in both]
-        b = [rows[run][1] for run in both]
+        a = [mine[run].change for run in both]
+        b = [rows[run].change for run in both]
         # Three are in some order anyway; a constant has none.
         if len(both) > 3 and len(set(a)) > 1 and len(set(b)) > 1:
             said.append(f"Order of these {len(both)} runs here and with {name}: rank correlation "
@@ -725,24 +1081,16 @@ def answer_elsewhere(t, setting, others):
 
 
 def above_random(t):
-    """{run: (title, FD relative to the random row of its size and steps - 1, what it counts)}.
-
-    Of all selected or attached runs; the last in words, ' (n=3)' or why it does not count.
-    """
+    """{run: Effect against the random row of its size and steps}, of selected and attached runs."""
     out = {}
     for run in t:
         who = title(run, ("selected", "attached"))
         rival = rival_of(t, run)
         if not who or not rival or set(t[run]["steps"]) != set(t[rival]["steps"]):
             continue
-        change, _, n, counts = difference(t[run]["fd"], t[rival]["fd"])
-        # A change that lies within the spread is given all the same, and marked.
-        note = "one seed"
-        if counts:
-            note = f"n={n}"
-        elif n > 1:
-            note = f"within the spread, n={n}"
-        out[run] = who, change, f" ({note})"
+        e = effect(t, run, rival, who, rival)
+        if e:
+            out[run] = e
     return out
 
 
@@ -926,46 +1274,101 @@ def draw_all(runs, t, distance, judge, out):
 # -------------------------------------------------------------------------------------- the page
 def heading(t, e, data):
     seeds = max(len(row["fd"]) for row in t.values())
-    spreads = " (no spread: differences below are not claims)."
+    judges = len(judges_in(e))
+    spreads = " (one seed: differences below are not claims)."
     if seeds > 1:
-        spreads = ", mean ± standard deviation."
-    size = f" ({e['reference_n']:,} images)" if e["reference_n"] else ""
-    return [f"# {data}: is it better than random?", "",
-            f"{e['distance']}, lower is better, {e['n']:,} samples a run, reference: "
-            f"{e['reference']}{size}. Seeds: {seeds}{spreads}", ""]
+        spreads = ", mean ± standard deviation over them."
+    size = f" ({e['reference_n']:,} images)" if e.get("reference_n") else ""
+    cfg = guidance_of(t)
+    lines = [f"# {data}: is it better than random?", "",
+             f"{e['distance']}, lower is better, {e['n']:,} samples a run{cfg}, reference: "
+             f"{e['reference']}{size}. Judges: {judges}. Seeds: {seeds}{spreads}", ""]
+    if judges == 1 and e["identity"].startswith("scratch"):
+        lines += ["> **One judge.** Scratch networks of other seeds order these runs otherwise as "
+                  "often as not; run evaluate.py again, which asks several.", ""]
+    return lines
+
+
+def guidance_of(t):
+    settings = {cfg for row in t.values() for cfg in row.get("guidance", [])}
+    return f", guidance {settings.pop():g}" if len(settings) == 1 and None not in settings else ""
 
 
 def main_table(t):
-    rows = {name: cells_of(row) for name, row in t.items()}
-    columns = list(next(iter(rows.values())))
+    """What a minute's reading needs; the other figures are in details.md."""
+    return table_of({name: main_cells(row) for name, row in t.items()})
+
+
+def table_of(rows):
+    """Lines of a table {name: {column: text}}; a column without any figure is left out."""
+    columns = [column for column in next(iter(rows.values()))
+               if any(cells[column] != "-" for cells in rows.values())]
     return [line_of("run", *columns), "|---|" + "---|" * len(columns),
-            *(line_of(name, *cells.values()) for name, cells in rows.items())]
+            *(line_of(name, *(cells[column] for column in columns))
+              for name, cells in rows.items())]
 
 
-def cells_of(row):
+def main_cells(row):
     """{column: text} of one row of the table."""
+    best = cell(row["best_fd"])
+    if best != "-":
+        best += f" (at {' or '.join(f'{cfg:g}' for cfg in row['best_guidance'])})"
+    subset = cell(row["fd_subset"])
+    if mean(row["fd_random_subsets"]) is not None:
+        subset += f" ({mean(row['fd_random_subsets']):.3g})"
     # A mean over seeds of which one is unknown is unknown.
     preparing = "?"
     if prepared(row) is not None:
         preparing = cell(row["preparation"], "{:,.0f}")
     return {"images": f"{row['kept'][0]:,}", "steps": f"{row['steps'][0]:,}",
-            "epochs": f"{mean(row['epochs']):,.0f}", "FD": cell(row["fd"]),
-            "FD of the subset itself": cell(row["fd_subset"]),
-            "worst class FD": cell(row["worst"]),
-            "precision": cell(row["precision"], "{:.2f}"),
-            "recall": cell(row["recall"], "{:.2f}"),
-            "read as labelled": cell(row["read"], "{:.2f}"),
-            "memorised share": cell(row["memo"], "{:.2f}"),
+            "FD": cell(row["fd"]), "FD at its best guidance": best,
+            "FD of the subset itself (random ones)": subset,
+            "worst class FD": cell(row["worst"]), "memorised share": cell(row["memo"], "{:.2f}"),
             "train s": cell(row["seconds"], "{:,.0f}"), "prepare s": preparing}
+
+
+def more_cells(row):
+    """{column: text} of the second table."""
+    return {"epochs": f"{mean(row['epochs']):,.0f}", "precision": cell(row["precision"], "{:.2f}"),
+            "recall": cell(row["recall"], "{:.2f}"), "density": cell(row["density"], "{:.2f}"),
+            "coverage": cell(row["coverage"], "{:.2f}"),
+            "read as labelled": cell(row["read"], "{:.2f}"), "early FD": cell(row["area"])}
 
 
 def line_of(*cells):
     return f"| {' | '.join(cells)} |"
 
 
+def judge_table(t):
+    """FD under each judge alone, mean over seeds: how far one judge's order can be trusted."""
+    rows = {}
+    for name, row in t.items():
+        values = row["judged"].get("fd", [])
+        if not values or len(values[0]) < 2:
+            return []
+        by_judge = np.mean(values, 0)                                 # (J,)
+        rows[name] = {f"judge {k}": f"{value:.3g}" for k, value in enumerate(by_judge)}
+    return ["## Every judge alone", "", *table_of(rows), ""]
+
+
+def guidance_table(runs, judge):
+    """FD at each guidance, mean over seeds."""
+    settings = list(runs[0].guided)
+    if len(settings) < 2 or any(list(run.guided) != settings for run in runs):
+        return []
+    rows = {}
+    for name in dict.fromkeys(run.name for run in runs):
+        cells = {}
+        for cfg in settings:
+            made = [run.guided[cfg]["encoders"].get(judge) for run in runs if run.name == name]
+            cells[f"guidance {cfg:g}"] = cell([e["fd"] for e in made if e])
+        rows[name] = cells
+    return ["## Every guidance, all samples", "", *table_of(rows), ""]
+
+
 def yardstick(e, name):
     """Real images, at their own n."""
-    if e["fd_heldout"] is None:
+    if e.get("fd_heldout") is None:
         return []
     text = f"Real held-out images score {e['fd_heldout']:.3g} at n={e['fd_heldout_n']:,}"
     if e.get("fd_at_heldout_n") is not None:
@@ -973,10 +1376,10 @@ def yardstick(e, name):
     if e["fd_heldout_n"] != e["n"]:
         text += (f". Neither is comparable with the column FD (n={e['n']:,}): a distance falls as "
                  "n grows")
-    return ["", text + "."]
+    return [text + ".", ""]
 
 
-def legend(t, e, name):
+def legend(t, e, name, share):
     """What the columns mean."""
     heldout = mean([v for row in t.values() for v in row["memo_heldout"]])
     # Not of the full run: its noisy copies have another ceiling.
@@ -985,33 +1388,44 @@ def legend(t, e, name):
     if heldout is not None and noise is not None:
         controls = f"; held-out images score {heldout:.2f}, noisy copies {noise:.2f}"
     text = ["*Memorised share*: samples nearer (pixels) to the images that the model saw than to "
-            f"equally many, class-matched images that it did not see{controls}. For `full` the "
-            "unseen images are the held-out split.",
-            "*FD of the subset itself* is what a perfect copier of the kept images would score."]
-    if "per_class" in e:
+            f"equally many, class-matched images that it did not see{controls}."]
+    if any(of_full_set(row) and mean(row["memo"]) is not None for row in t.values()):
+        text.append("For a run on all images the unseen ones are the held-out split.")
+    text.append("*FD of the subset itself* is what a perfect copier of the kept images would "
+                "score, in brackets the mean of 20 random subsets of as many of each class.")
+    if any(row["best_fd"] != [None] * len(row["seed"]) for row in t.values()):
+        text.append(f"*FD at its best guidance* is of half as many samples ({e['n'] // 2:,}): the "
+                    "guidance is chosen on one half of the noise and scored on the other.")
+    if mean(t[name]["worst_n"]) is not None:
         text.append(f"*Worst class FD* is at n={t[name]['worst_n'][0]} a class, where real images "
                     f"score {e['per_class']['real_mean']:.3g} on average.")
-    text.append("Seconds are those of all processes together. *Prepare s* counts features, scores, "
-                "weights, attachments and the training of every network these used; sampling and "
-                "judging are in no column.")
+    text.append(f"*Early FD* is the mean over the first {percent(share)} of training, along the "
+                "trajectory from its first checkpoint on. Seconds are those of all processes "
+                "together. *Prepare s* counts features, scores, weights, attachments and the "
+                "training of every network these used; sampling and judging are in no column.")
     if any(prepared(row) is None for row in t.values()):
         text.append("*?*: a file that the run was prepared with has no record of what it cost.")
-    if max(len(row["fd"]) for row in t.values()) > 1:
-        text.append("*Spread* below: half the width of the 95 % interval of a difference (Welch's "
-                    "t over seeds), in % of the second run's mean; not corrected for the number of "
-                    "comparisons.")
-    return ["", " ".join(text), ""]
+    text.append("± is a standard deviation over seeds in tables, and half of a 95 % interval over "
+                "seeds and judges in sentences (two-way analysis of variance, Satterthwaite's "
+                "degrees of freedom), in % of the second run's mean; it is not corrected for the "
+                "number of comparisons.")
+    return [" ".join(text), ""]
 
 
 def warnings(runs, judge):
-    """Rows that the judge is not fair to, and the figures of other judges."""
-    lines = []
+    """Rows that the judge is not fair to."""
     circular = {run.name for run in runs if run.metrics["encoders"][judge].get("circular")}
-    if circular:
-        names = ", ".join(sorted(circular))
-        lines += [f"> **Warning.** The judge, {judge}, also selected the images of, or was the "
-                  f"alignment target of: {names}. Do not trust these rows under it: measure with a "
-                  "second encoder and compare.", ""]
+    if not circular:
+        return []
+    names = ", ".join(sorted(circular))
+    return [f"> **Warning.** The judge, {judge}, also selected the images of, or was the "
+            f"alignment target of: {names}. Do not trust these rows under it: measure with a "
+            "second encoder and compare.", ""]
+
+
+def second_judges(runs, judge):
+    """The figures of other encoders."""
+    lines = []
     # Not every run need have been measured under each of them.
     others = {name for run in runs for name in run.metrics["encoders"]} - {judge}
     for other in sorted(others):
@@ -1041,15 +1455,9 @@ def setting_of(runs):
     return [run.train["args"]["model"], run.train["args"]["process"], run.metrics["data"], size]
 
 
-def answers(runs, t, reached, others):
+def answers(asked):
+    """asked: {question: [sentence]}."""
     lines = ["## The five questions", ""]
-    asked = {
-        "Is it better than random?": answer_random(t),
-        "Is the gain from selection or from attachments?": answer_source(t),
-        "Is it memorising?": answer_memorising(t),
-        "What does preparation cost, and when is the full run's quality reached?":
-            answer_cost(t, reached),
-        "Does it hold on another model or data set?": answer_elsewhere(t, about(runs), others)}
     for k, (question, said) in enumerate(asked.items(), 1):
         nothing = "" if said else " The runs that would answer it are not here."
         lines += [f"{k}. **{question}**{nothing}", *(f"   - {answer}." for answer in said), ""]
@@ -1088,17 +1496,38 @@ def protocol(run, e):
             f"Versions: {versions}.", ""]
 
 
-def page(runs, t, judge, reached, pictures, notes, others):
-    """report.md."""
+def pages(runs, t, judge, reached, pictures, notes, others, share):
+    """(report.md, details.md, {question: [Effect]})."""
     first = runs[0]
     e = first.metrics["encoders"][judge]
-    remarks = [f"> **Note.** {note[0].upper() + note[1:]}.\n" for note in notes]
+    effects = all_effects(t, share)
+    verdicts = memorising(t)
+    epochs = equal_epochs(t)
+    said = {
+        "Is it better than random?": answer_random(effects),
+        "Is the gain from selection or from attachments?": answer_source(effects),
+        "Is it memorising?": answer_memorising(verdicts),
+        "What does preparation cost, and when is the full run's quality reached?":
+            answer_cost(t, reached, epochs),
+        "Does it hold on another model or data set?": answer_elsewhere(t, about(runs), others)}
+    remarks = [f"> **Note.** {capital(note)}.\n" for note in notes]
     shown = [f"![{caption}]({name})\n\n*{caption}*\n" for name, caption in pictures]
-    return "\n".join([
-        *heading(t, e, first.metrics["data"]), *main_table(t), *yardstick(e, first.name),
-        *legend(t, e, first.name), *remarks, *warnings(runs, judge),
-        *answers(runs, t, reached, others), *costs(runs), "## Pictures", "", *shown,
-        *protocol(first, e)])
+    data = first.metrics["data"]
+    main = [*heading(t, e, data), *main_table(t), "", *headroom_line(t), *remarks,
+            *warnings(runs, judge), *answers(said), "## Pictures", "", *shown,
+            "Every comparison, judge, guidance and cost, the meaning of the columns and the "
+            "protocol: [details.md](details.md).", ""]
+    every = [sentence(one) for found in effects.values() for one in found]
+    every += [text for _, text in verdicts.values()]
+    every += cost_of_each(t, reached)
+    every += [text for _, text in epochs]
+    every += elsewhere_in_full(t, others) if others else []
+    details = [f"# {data}: all of it", "", *yardstick(e, first.name), "## Further figures", "",
+               *table_of({name: more_cells(row) for name, row in t.items()}), "",
+               *legend(t, e, first.name, share), *second_judges(runs, judge),
+               *judge_table(t), *guidance_table(runs, judge), "## Every comparison", "",
+               *(f"- {text}." for text in every), "", *costs(runs), *protocol(first, e)]
+    return "\n".join(main), "\n".join(details), effects
 
 
 # ----------------------------------------------------------------------------------- command line
@@ -1109,6 +1538,8 @@ def parse_args(argv=None):
     p.add_argument("--out", required=True, help="folder of the report")
     p.add_argument("--beside", nargs="+", default=[], metavar="FILE", help="report.json of other "
                    "data sets or networks, or the folder of their comparisons (runs)")
+    p.add_argument("--area", type=common.number(above=0, high=1), default=0.3, help="share of the "
+                   "training over which early quality is averaged, along trajectories")
     p.add_argument("--encoder", help="judge of the table; default: the first under which the first "
                    "run was measured")
     common.add_list_flag(p, runs=RUNS)
@@ -1132,19 +1563,23 @@ def main(argv=None):
     judge = args.encoder or next(iter(runs[0].metrics["encoders"]))
     seeds_of_one_run(runs)
     notes = comparable(runs, judge) + use_trajectories(runs, judge)
-    t = rows_of(runs, judge)
+    t = rows_of(runs, judge, args.area)
     reached = reach(runs)
     distance = runs[0].metrics["encoders"][judge]["distance"]
     with common.claim(out):
         common.sweep(out)
         pictures = draw_all(runs, t, distance, judge, out)
+        text, details, effects = pages(runs, t, judge, reached, pictures, notes, others, args.area)
+        compared = {question: [{**vars(e), "outcome": e.outcome} for e in found]
+                    for question, found in effects.items()}
         common.save_json(out / "report.json", {
             "about": about(runs), "setting": setting_of(runs), "judge": judge, "rows": t,
-            "reached": reached, "preparation": {run.folder.name: run.preparation for run in runs}})
-        text = page(runs, t, judge, reached, pictures, notes, others)
+            "effects": compared, "reached": reached,
+            "preparation": {run.folder.name: run.preparation for run in runs}})
+        common.save_text(out / "details.md", details)
         common.save_text(out / "report.md", text)
     for line in text.splitlines():
-        if line.startswith(("|", "   - ")) or line[:1].isdigit():
+        if line.startswith(("|", "   - ", "**Headroom")) or line[:1].isdigit():
             common.log(line)
     common.log(f"report: {out / 'report.md'}")
 

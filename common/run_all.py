@@ -40,8 +40,8 @@ def check_sizes(comparison):
     file = out / "sizes.txt"
     held = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
     sizes = dict(line.split("=", 1) for line in held)
-    for name, script in dict(STEPS="train", TRAIN="train", NUM_SAMPLES="sample",
-                             SAMPLER="sample").items():
+    for name, script in dict(STEPS="train", TRAIN="train", NUM_SAMPLES="sample", SAMPLER="sample",
+                             GUIDANCE="sample").items():
         now = getattr(comparison.c, name)
         was = sizes.get(name, now)
         need(was == now or not any(out.glob(f"*/{script}.args.json")),
@@ -91,11 +91,12 @@ class Runner:
         script = command.script
         flags = list(command.flags)
         run = command.run
-        drawn = f"{run}/samples.npy"
-        if script == "sample.py" and newer(f"{run}/last.pt", drawn):
+        drawn = sorted(Path(run).glob("samples*.npy")) if run else []
+        if script == "sample.py" and any(newer(f"{run}/last.pt", file) for file in drawn):
             flags.append("--overwrite")      # trained on since they were drawn
         so_far = run and script in ("evaluate.py", "report.py")
-        if so_far and newer(f"{run}/metrics.json", drawn) and script == "evaluate.py":
+        measured = drawn and all(newer(f"{run}/metrics.json", file) for file in drawn)
+        if so_far and measured and script == "evaluate.py":
             return
         torchrun = []
         alone = script == "report.py" or (script == "data.py" and "--vae" not in flags)
@@ -112,10 +113,12 @@ class Runner:
         comparison = self.comparison
         self.stage(comparison.commands[0])                 # the data
         classes = Path(comparison.data, "classes.txt").read_text(encoding="utf-8").splitlines()
-        if len(classes) == 1:
-            comparison = Comparison(comparison.what, comparison.source, comparison.c, True)
-            self.comparison = comparison
-        c = comparison.c
+        # Size and classes of the pictures are known now.
+        c = choices_of(comparison.what, os.environ)
+        one_class = len(classes) == 1
+        comparison = Comparison(comparison.what, comparison.source, c, one_class)
+        self.comparison = comparison
+        print(f"surrogate {c.SURROGATE}, visual target {c.VISUAL}")
         names = " ".join(Path(run).name for run in comparison.runs)
         print(f"{len(comparison.runs)} trainings of {c.STEPS} steps, {c.NUM_SAMPLES} samples each, "
               f"judged by {c.JUDGE}; in this order: {names}", flush=True)
