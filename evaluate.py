@@ -928,7 +928,10 @@ def settings(run, name, weights, args, inputs):
 def identities(path, count):
     """Hashes of the first `count` networks in a scratch.pt; None where it holds fewer."""
     states = common.networks_in(path)[:count]
-    return [encoders.digest(state["model"]) for state in states] if len(states) == count else None
+    if len(states) < count:
+        return None
+    with common.reading(path, "a file of scratch networks"):
+        return [encoders.digest(state["model"]) for state in states]
 
 
 def digest_of(path):

@@ -77,12 +77,18 @@ MAYBE = (int, float, type(None))
 def read_run(folder):
     """One run as a namespace, its figures under every encoder at every guidance."""
     folder = Path(folder)
-    train = read_training(folder / "train.args.json", folder)
     guided = {}                                            # {guidance: figures}, the main one first
     for cfg, samples in common.samples_of(folder).items():
         file = folder / (f"metrics_cfg{cfg:g}.json" if guided else "metrics.json")
-        guided[cfg] = read_metrics(file, folder, samples, train)
+        guided[cfg] = read_metrics(file, folder, samples)
     main = next(iter(common.samples_of(folder).values()))
+    train = read_training(folder / "train.args.json", folder)
+    for metrics in guided.values():
+        # Samples, figures and weights must be of one state of the run.
+        drawn = metrics["protocol"].get("checkpoint_step")
+        stands = steps_of(train)
+        need(drawn in (None, stands), f"{folder}: samples are of step {drawn}, the run stands at "
+             f"{stands}; draw and evaluate again")
     costs = costs_by_thing(train, folder)
     return SimpleNamespace(
         folder=folder,
@@ -97,7 +103,7 @@ def read_run(folder):
         nearest=read_picture(folder / "nearest.png"))      # (h, w[, 3]), or None
 
 
-def read_metrics(file, folder, samples, train):
+def read_metrics(file, folder, samples):
     """metrics.json of these samples, with all that every row of the report needs."""
     need(file.is_file(), f"{file}: no such file; measure the run first: python evaluate.py --runs "
          f"{folder} --data DATA")
@@ -117,11 +123,6 @@ def read_metrics(file, folder, samples, train):
                   fd_random_subsets=(list, type(None)))
             for one in e.get("judges", []):
                 common.fields(part, one, fd=NUMBER, identity=str)
-    # Samples, figures and weights must be of one state of the run.
-    drawn = metrics["protocol"].get("checkpoint_step")
-    stands = steps_of(train)
-    need(drawn in (None, stands), f"{folder}: samples are of step {drawn}, the run stands at "
-         f"{stands}; draw and evaluate again")
     common.load_npy(samples, "samples, uint8 (n, H, W, C)", (None,) * 4, "u")
     need(metrics.get("samples_sha256") == common.sha256(samples),
          f"{file}: is of other samples than {samples}; run evaluate.py on this run again")
@@ -539,8 +540,10 @@ def cell(values, form="{:.3g}"):
     return text
 
 
-def percent(x, form=".0%"):
-    return format(x, form).replace("%", " %")
+def percent(x, sign=""):
+    """'12 %', '0.4 %': whole percents from one on, a tenth below."""
+    digits = 0 if x == 0 or abs(x) >= 0.01 else 1
+    return format(x, f"{sign}.{digits}%").replace("%", " %")
 
 
 # ----------------------------------------------------------------------------------- differences
@@ -573,7 +576,7 @@ class Effect:
     @property
     def size(self):
         """'+5 % ± 26 %'."""
-        text = percent(self.change, "+.0%")
+        text = percent(self.change, "+")
         return text if self.half is None else f"{text} ± {percent(self.half)}"
 
 
@@ -664,7 +667,7 @@ def summary(effects, named=lambda e: e.who):
 def figure_of(e):
     """The figure of an effect in a summary."""
     if e.outcome == "undetected":
-        return f"below {percent(e.half)}, measured {percent(e.change, '+.0%')}"
+        return f"below {percent(e.half)}, measured {percent(e.change, '+')}"
     return e.size
 
 
@@ -800,7 +803,7 @@ def headroom_line(t):
             found = measured_effect(t[FULL], t[rival], "fd")
             halves = [found[1]] if found[1] is not None else []
         text = (f"**Headroom**: all images instead of `{rival}` change FD by "
-                f"{percent(-top, '+.0%')}: no selection has more to gain.")
+                f"{percent(-top, '+')}: no selection has more to gain.")
         if halves:
             x = statistics.median(halves)
             text += f" **Detectable**: {percent(x)} (the middle half-width of a 95 % interval)."
@@ -926,10 +929,13 @@ def answer_cost(t, reached, epochs):
         alone = [prepared(row) for row in known]
         shared = [mean(row["preparation_shared"]) for row in known]
         train = [mean(row["seconds"]) for row in known]
-        said.append(f"Preparation takes {between(alone)} s a run, {between(shared)} s where the "
-                    f"runs of this report share it, beside {between(train)} s of training")
+        said.append(f"Preparation takes {between(alone)} s a run ({between(shared)} s where runs "
+                    f"share it) beside {between(train)} s of training")
     if reached:
-        ways = [reached_in_short(t, name, reached) for name in reached]
+        ways = [reached_in_short(t, name, reached) for name in reached if reached[name][0]]
+        never = [name for name in reached if not reached[name][0]]
+        if never:
+            ways.append(f"not reached: {', '.join(never)}")
         said.append(f"Within 5 % of the full run's final FD at equal steps: {'; '.join(ways)}")
     said += [text for _, text in epochs]
     return said
@@ -943,8 +949,6 @@ def between(values):
 
 def reached_in_short(t, name, reached):
     point, _ = reached[name]
-    if point is None:
-        return f"{name} not reached"
     text = f"{name} after {point['step']:,} steps"
     if name != FULL:
         text += f" ({speed_up(prepared(t[name]), point, reached)})"
@@ -1037,8 +1041,8 @@ def answer_elsewhere(t, setting, others):
     In short: how many of the differences that both places claim have the same sign.
     """
     if not others:
-        return [f"This report is {setting}; run_all.sh puts those of other networks and data sets "
-                "beside it (MODEL=unet-tiny bash run_all.sh makes one)"]
+        return [f"This report is {setting}; run_all.sh puts those of other networks beside it "
+                "(MODEL=unet-tiny bash run_all.sh makes one)"]
     mine = above_random(t)
     said = []
     for name, table in others.items():
@@ -1511,7 +1515,7 @@ def pages(runs, t, judge, reached, pictures, notes, others, share):
             answer_cost(t, reached, epochs),
         "Does it hold on another model or data set?": answer_elsewhere(t, about(runs), others)}
     remarks = [f"> **Note.** {capital(note)}.\n" for note in notes]
-    shown = [f"![{caption}]({name})\n\n*{caption}*\n" for name, caption in pictures]
+    shown = [f"![{Path(name).stem}]({name})\n\n*{caption}*\n" for name, caption in pictures]
     data = first.metrics["data"]
     main = [*heading(t, e, data), *main_table(t), "", *headroom_line(t), *remarks,
             *warnings(runs, judge), *answers(said), "## Pictures", "", *shown,

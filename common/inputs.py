@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from common.errors import UserError, need, user_errors
+from common.errors import UserError, need, reading, user_errors
 from common.files import (check_finite, fields, load_json, load_lines, load_npy, load_pt,
                           load_record, save_pt, sweep)
 from common.processes import barrier, log, rank
@@ -300,10 +300,11 @@ def open_judges(name, data, device, weights=None, count=1):
         held = len(networks_in(weights))
         need(held >= count, f"{weights}: holds {held} network(s), fewer than --judges {count}; "
                             "give fewer, or leave the file out")
-    elif count > 1:
-        # All are trained before the first is loaded: the file is written once.
-        open_encoder(name, data, device, judge=count - 1)
-    return [open_encoder(name, data, device, weights, judge=k) for k in range(count)]
+    # The first is tried before others are trained to stand beside it.
+    first = open_encoder(name, data, device, weights)
+    if count > 1:
+        open_encoder(name, data, device, weights, judge=count - 1)
+    return [first, *(open_encoder(name, data, device, weights, judge=k) for k in range(1, count))]
 
 
 def networks_in(path):
@@ -311,7 +312,13 @@ def networks_in(path):
     from models.scratch import several
     if not Path(path).exists():
         return []
-    return several(load_pt(path, "a file of scratch networks"))
+    what = "a file of scratch networks"
+    states = several(load_pt(path, what))
+    with reading(path, what, "remove it, and it is made again"):
+        sound = all(isinstance(state[key], dict) for state in states
+                    for key in ("model", "settings"))
+    need(sound, f"{path}: not {what}; remove it, and it is made again")
+    return states
 
 
 def make_scratch(path, data, device, count=1):

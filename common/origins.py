@@ -57,7 +57,7 @@ def sample_names(cfg):
 def samples_of(folder):
     """{guidance: its samples.npy} of a run, the main one first; without a record {None: file}."""
     record = record_of(folder, "sample")
-    cfg = None if record is None else record["args"].get("cfg")
+    cfg = None if record is None else record["args"]["cfg"]
     return {one: Path(folder) / f"{name}.npy" for one, name in sample_names(cfg).items()}
 
 

@@ -28,8 +28,8 @@ def two_way_interval(x, level=0.95):
 
     x_sj = mu + seed_s + judge_j + rest_sj, every term of a variance of its own. The variance of the
     mean is (MS_seeds + MS_judges - MS_rest) / (S J) by the mean squares of the two-way analysis of
-    variance, at least that of the seeds or the judges alone; its degrees of freedom are
-    Satterthwaite's (1946). One judge leaves Student's interval over the seeds.
+    variance, at least the largest of the three; its degrees of freedom are Satterthwaite's (1946).
+    One judge leaves Student's interval over the seeds.
     """
     from scipy.stats import t as student
     x = np.asarray(x, float)
@@ -46,11 +46,13 @@ def two_way_interval(x, level=0.95):
         by_judge = float(judges.var(ddof=1)) / J     # MS_judges / (S J)
         rest = x - seeds[:, None] - judges + mean
         by_rest = float((rest ** 2).sum()) / ((S - 1) * (J - 1) * S * J)
-        variance = max(by_seed + by_judge - by_rest, by_seed, by_judge)
+        variance = max(by_seed + by_judge - by_rest, by_seed, by_judge, by_rest)
         squares = by_seed ** 2 / (S - 1) + by_judge ** 2 / (J - 1)
         squares += by_rest ** 2 / ((S - 1) * (J - 1))
+        freedom = min(S - 1, J - 1)
         if squares > 0:
-            freedom = variance ** 2 / squares
+            # A difference of mean squares may come out with fewer than any of its parts has.
+            freedom = max(freedom, variance ** 2 / squares)
     return mean, float(student.ppf((1 + level) / 2, freedom)) * variance ** 0.5
 
 

@@ -1,8 +1,9 @@
 """report.py on made-up runs: every outcome of the generated sentences, the accounting of costs, refusals, and that the pictures show what they should."""
 import argparse
 import json
-import shutil
 import math
+import re
+import shutil
 
 import numpy as np
 import pytest
@@ -21,8 +22,9 @@ def write(path, value):
 
 
 def make_run(folder, fd=1.0, steps=700, kept=150, memo=(0.55, 0.5, 0.5, 1.0), points=None, train_args=(), data="digits", n=1000, circular=False, worst=2.0, encoders=("scratch",),
-             train_seconds=100.0, per_class=True):
-    """A run folder as train.py, sample.py and evaluate.py leave it. memo: samples, held-out, baseline, noise; points: [(step, fd)]."""
+             train_seconds=100.0, per_class=True, judges=None, guided=None, model_of=None):
+    """A run folder as train.py, sample.py and evaluate.py leave it. memo: samples, held-out, baseline, noise; points: [(step, fd)]; judges: FD under each of several (fd is their
+    mean then); guided: {guidance: [[FD of each half of the noise] of each judge]} for a run drawn at several, the first the main one."""
     name, rng = folder.name, np.random.default_rng(len(folder.name))
     share = dict(zip(("samples", "heldout", "baseline", "noise"), memo or ()))
     spaces = {k: {"share": v, "ratio": {"share": v / 10}} for k, v in share.items() if v is not None}
@@ -31,12 +33,26 @@ def make_run(folder, fd=1.0, steps=700, kept=150, memo=(0.55, 0.5, 0.5, 1.0), po
            "neighbours_n": n, "precision_k": 3, "density_k": 5, "read_as_labelled": 0.97, "kid": {"subset_size": 1000}, "circular": circular}
     if per_class:
         row["per_class"] = {"n": 24, "fd": [worst - 0.1 * c for c in range(10)], "worst": 0, "worst_fd": worst, "real": list(rng.uniform(0.4, 0.8, 10)), "real_mean": 0.6}
+    if judges:
+        row.update(fd=float(np.mean(judges)), judges=[dict(row, fd=f, identity=f"scratch:{k}") for k, f in enumerate(judges)])
     folder.mkdir(parents=True, exist_ok=True)
-    np.save(folder / "samples.npy", rng.integers(0, 256, (40, 8, 8, 1), dtype=np.uint8))
-    write(folder / "metrics.json", {
-        "run": name, "data": data, "data_sha256": data, "samples_sha256": common.sha256(folder / "samples.npy"), "memorisation": {"n": n, "pixels": spaces} if memo else None,
-        "protocol": dict(sampler="heun", steps=12, cfg=1.5, cfg_interval=[0, 1], labels="balanced", seed=0, weights="EMA", amp="none"),
-        "encoders": {k: dict(row, identity=f"{k}:1") for k in encoders}, "provenance": {"python": "3"}})
+    audit = {"n": n, "pixels": spaces} if memo else None
+    if model_of:
+        audit["model_of"] = model_of
+    for cfg, halves in (guided or {1.5: None}).items():
+        main = not guided or cfg == next(iter(guided))
+        end = f"_cfg{cfg:g}" if guided else ""
+        np.save(folder / f"samples{end}.npy", rng.integers(0, 256, (40, 8, 8, 1), dtype=np.uint8))
+        mine = dict(row)
+        if halves:
+            fds = [float(np.mean(pair)) for pair in halves]
+            mine.update(fd=float(np.mean(fds)), judges=[dict(row, fd=f, fd_halves=pair, identity=f"scratch:{k}") for k, (f, pair) in enumerate(zip(fds, halves))])
+        write(folder / ("metrics.json" if main else f"metrics{end}.json"), {
+            "run": name, "data": data, "data_sha256": data, "samples_sha256": common.sha256(folder / f"samples{end}.npy"), "memorisation": audit if main else None,
+            "protocol": dict(sampler="heun", steps=12, cfg=cfg, cfg_interval=[0, 1], labels="balanced", seed=0, weights="EMA", amp="none"),
+            "encoders": {k: dict(mine, identity=f"{k}:1") for k in encoders}, "provenance": {"python": "3"}})
+    if guided:
+        write(folder / "sample.args.json", {"args": {"cfg": list(guided)}, "inputs": {}, "seconds": 1.0})
     write(folder / "train.args.json", {
         "args": dict(dict(data=str(folder.parent / "data"), model="SiT-T/2", process="flow", batch_size=128, lr=3e-3, ema=0.99, amp="none", steps=steps, seed=int(name.partition("-seed")[2] or 0)),
                      **dict(train_args)),
@@ -51,7 +67,7 @@ def make_run(folder, fd=1.0, steps=700, kept=150, memo=(0.55, 0.5, 0.5, 1.0), po
 
 def table(**rows):
     """{run: {figure: values}} of the figures given, for the answers."""
-    blank = dict(kept=[150], steps=[700], worst_n=[24], seconds=[100.0], preparation=[0.0], ratio=[None], ratio_noise=[None], memo_n=[1000], memo_side=[297],
+    blank = dict(kept=[150], steps=[700], worst_n=[24], seconds=[100.0], preparation=[0.0], preparation_shared=[0.0], ratio=[None], ratio_noise=[None], memo_n=[1000], memo_side=[297],
                  memo=[None], memo_heldout=[None], memo_baseline=[None], memo_alike=[None], memo_noise=[None], worst=[2.0], fd=[1.0])
     return {k.replace("_", "-"): {**blank, **v} for k, v in rows.items()}
 
@@ -63,57 +79,149 @@ def test_cell():
     assert report.cell([0.5, 0.7], "{:.2f}") == "0.60 ± 0.14" and report.cell([1200.4], "{:,.0f}") == "1,200"
 
 
-def test_difference_is_welch_s_t_test():
-    from scipy import stats
-    rng = np.random.default_rng(0)
-    for trial in range(30):
-        a, b = list(rng.normal(1 + trial / 50, 0.1, 3)), list(rng.normal(1, 0.2, rng.integers(2, 6)))
-        rel, error, n, counts = report.difference(a, b)
-        assert n == min(len(a), len(b)) and math.isclose(rel, np.mean(a) / np.mean(b) - 1)
-        test = stats.ttest_ind(a, b, equal_var=False)
-        assert counts == (test.pvalue < 0.05)
-        low, high = test.confidence_interval(0.95)
-        assert math.isclose(error, (high - low) / 2 / np.mean(b), rel_tol=1e-9)
-    assert report.difference([1.0, 1.0], [2.0, 2.0]) == (-0.5, 0.0, 2, True)
-    assert report.difference([1.0], [2.0, 3.0])[1:] == (None, 1, False)
+def test_effects_pair_the_seeds_that_both_runs_have():
+    """A seed that one run lacks counts in neither; rows of an older report, without seeds, are paired in their order."""
+    a, b = dict(seed=[0, 1, 2], fd=[1.1, 2.2, 3.3]), dict(seed=[2, 0], fd=[3.0, 1.0])
+    change, half, seeds, judges = report.measured_effect(a, b, "fd")
+    assert seeds == 2 and judges == 1 and change == pytest.approx((0.1 + 0.3) / 2 / 2) and half == pytest.approx(12.706 * np.std([0.05, 0.15], ddof=1) / 2 ** 0.5, rel=1e-3)
+    assert report.measured_effect(dict(fd=[1.0, 2.0]), dict(fd=[1.0, 2.0]), "fd")[:3] == (0.0, 0.0, 2)
+    assert report.measured_effect(dict(seed=[0], fd=[1.0]), dict(seed=[1], fd=[1.0]), "fd") is None
+    # Other judges are other figures.
+    assert report.measured_effect(dict(seed=[0], judged=dict(fd=[[1.0, 2.0]])), dict(seed=[0], fd=[1.0]), "fd") is None
 
 
-@pytest.mark.parametrize("a, b, sentence", [
-    ([0.87, 0.88, 0.89], [1.0, 0.99, 1.01], "D2C Select beats random by 12 % FD at equal steps, n=3, spread 2 %"),
-    ([1.19, 1.20, 1.21], [1.0, 0.99, 1.01], "D2C Select is worse than random by 20 % FD at equal steps, n=3, spread 2 %"),
-    ([0.8, 0.95, 1.1], [1.0, 0.9, 1.1], "No difference beyond the spread between D2C Select and random: FD 5 % lower at equal steps, n=3, spread 31 %"),
-    ([0.8], [1.0], "D2C Select has 20 % lower FD than random at equal steps; one seed, so no claim"),
-    ([1.3], [1.0, 1.0], "D2C Select has 30 % higher FD than random at equal steps; one seed, so no claim"),
-    ([None], [1.0], None)])
-def test_sentence_for_each_outcome(a, b, sentence):
-    assert report.compare(a, b, "D2C Select", "random") == sentence
-    t = table(random=dict(fd=b), d2c_select=dict(fd=a))
-    assert report.answer_random(t) == ([sentence] if sentence else [])
+def judged(*rows):
+    """A row of the table with FD [seed][judge]."""
+    return dict(seed=list(range(len(rows))), fd=[float(np.mean(row)) for row in rows], judged=dict(fd=[list(row) for row in rows]))
+
+
+# Random at 1.0, and at what a run must stand for each outcome; full stands 30 % lower.
+RANDOM = judged([0.99, 1.0], [1.0, 1.01], [1.01, 0.99])
+LOWER, HIGHER, SAME = judged([0.87, 0.88], [0.88, 0.89], [0.89, 0.87]), judged([1.19, 1.2], [1.2, 1.21], [1.21, 1.19]), judged([0.98, 1.0], [1.02, 1.03], [1.01, 0.99])
+NOISY = judged([0.5, 1.2], [1.5, 0.8], [0.9, 1.4])
+FULL, CLOSE = judged([0.7, 0.71], [0.7, 0.69], [0.69, 0.7]), judged([0.99, 0.98], [1.0, 0.99], [1.0, 0.99])
+
+
+@pytest.mark.parametrize("row, full, outcome, said", [
+    (LOWER, FULL, "lower", "D2C Select against random, FD at equal steps: lower, -12 % ± "), (HIGHER, FULL, "higher", "D2C Select against random, FD at equal steps: higher, +20 % ± "),
+    (SAME, FULL, "undetected", "D2C Select against random, FD at equal steps: a difference is not detectable below "),
+    (NOISY, FULL, "unanswerable", "D2C Select against random, FD at equal steps: cannot be answered in this setting: it would show from "),
+    (SAME, CLOSE, "unanswerable", "and the full run is 0.8 % lower than random"), (HIGHER, CLOSE, "higher", "higher, +20 % ± "), (SAME, None, "undetected", "is not detectable below "),
+    (judged([0.8, 0.8]), judged([0.7, 0.7]), "one seed", "D2C Select against random, FD at equal steps: -20 %; one seed, so no claim"),
+    (RANDOM, FULL, "identical", "D2C Select against random, FD at equal steps: the same figures to the last digit")])
+def test_sentence_for_each_outcome(row, full, outcome, said):
+    rows = dict(random=RANDOM, d2c_select=row, **({"full": dict(full, kept=[1500])} if full else {}))
+    e, = report.against_random(table(**rows))
+    assert e.outcome == outcome and said in report.sentence(e), report.sentence(e)
+    for word in ("no difference", "nothing", "No "):
+        assert word not in report.sentence(e) and word not in report.summary([e])
+    if outcome not in ("one seed", "identical"):
+        assert "n=3 seeds x 2 judges" in report.sentence(e)
+        assert report.summary([e]).startswith(f"{report.OUTCOMES[outcome]}: D2C Select (")
+
+
+def test_a_summary_names_the_runs_by_outcome():
+    t = table(full=FULL, random=RANDOM, pruned=HIGHER, pruned_moderate=LOWER, d2c_select=NOISY, d2c_select_attach=HIGHER)
+    said = report.answer_random(report.all_effects(t, 0.3))
+    assert len(said) == 1
+    assert re.sub(r"± \d+ %", "±", said[0]) == ("FD against random images: better: Pruning (moderate) (-12 % ±); worse: Pruning (+20 % ±), D2C Select + Attach (+20 % ±); "
+                                             "cannot be answered in this setting: D2C Select (+5 % ±)")
+
+
+@pytest.mark.parametrize("full, run, word", [(FULL, HIGHER, None), (FULL, NOISY, "cannot be answered in this setting"), (CLOSE, SAME, "cannot be answered in this setting")])
+def test_headroom_stands_above_the_answers(full, run, word):
+    text = " ".join(report.headroom_line(table(full=full, random=RANDOM, pruned=run)))
+    top = {id(FULL): "-30 %", id(CLOSE): "-0.8 %"}[id(full)]
+    assert f"change FD by {top}" in text and "**Detectable**" in text and (word or "at most") in text.replace("has more to gain", "at most")
+    assert ("cannot be answered" in text) == (word is not None)
+
+
+def test_headroom_by_hand():
+    t = table(full=judged([0.5], [0.6]), random=judged([1.0], [1.2]), pruned=judged([1.0], [1.2]))
+    assert report.headroom(t, "random") == pytest.approx(0.5) and report.headroom(t, "full") is None and report.headroom(table(random=RANDOM), "random") is None
+
+
+def test_an_old_report_of_one_judge_says_so(tmp_path):
+    runs = [make_run(tmp_path / n, fd, kept=k) for n, fd, k in (("full", 1.0, 1500), ("random", 2.0, 150))]
+    report.main([*map(str, runs), "--out", str(tmp_path / "r")])
+    text = (tmp_path / "r" / "report.md").read_text()
+    assert "One judge" in text and "Judges: 1." in text
+    runs = [make_run(tmp_path / "b" / n, kept=k, judges=[fd, 1.1 * fd]) for n, fd, k in (("full", 1.0, 1500), ("random", 2.0, 150))]
+    report.main([*map(str, runs), "--out", str(tmp_path / "s")])
+    text = (tmp_path / "s" / "report.md").read_text()
+    assert "One judge" not in text and "Judges: 2." in text and "judge 1" in (tmp_path / "s" / "details.md").read_text()
+
+
+def test_best_guidance_is_chosen_on_the_other_half(tmp_path):
+    """full: 1 wins in half 0 and 2 in half 1, by luck of one half each; random: 2 throughout. Worked out by hand."""
+    halves = {"full": {1.0: [[1.0, 3.0]], 2.0: [[2.0, 2.0]]}, "random": {1.0: [[4.0, 4.0]], 2.0: [[3.0, 3.2]]}}
+    runs = [make_run(tmp_path / n, kept=k, guided=halves[n]) for n, k in (("full", 1500), ("random", 150))]
+    report.main([*map(str, runs), "--out", str(tmp_path / "r")])
+    rows = json.loads((tmp_path / "r" / "report.json").read_text())["rows"]
+    assert rows["full"]["best_fd"] == [pytest.approx((3.0 + 2.0) / 2)] and rows["full"]["best_guidance"] == [1.0, 2.0]
+    assert rows["random"]["best_fd"] == [pytest.approx(3.1)] and rows["random"]["best_guidance"] == [2.0] and rows["full"]["fd"] == [2.0]
+    text, details = ((tmp_path / "r" / f).read_text() for f in ("report.md", "details.md"))
+    assert "| 2.5 (at 1 or 2) |" in text and "| 3.1 (at 2) |" in text and "guidance 1, reference" in text and "| guidance 1 | guidance 2 |" in details
+    (tmp_path / "random" / "metrics_cfg2.json").unlink()
+    with pytest.raises(SystemExit):
+        report.main([*map(str, runs), "--out", str(tmp_path / "r")])
+
+
+@pytest.mark.parametrize("short, briefly, random, verdict", [
+    (0.99, 1.2, 1.3, "holds"), (0.99, 1.2, 0.9, "does not hold"), (1.2, 1.4, 1.4, "does not hold"), (0.99, 0.99, 1.3, "cannot be answered")])
+def test_speed_up_at_equal_epochs(short, briefly, random, verdict):
+    """Within 5 % of the full run at its end, and better than full data and random images trained as briefly."""
+    def row(fd, **more):
+        return judged([fd, fd * 1.002], [fd * 1.001, fd], [fd * 1.001, fd * 1.002]) | more
+    t = table(full=row(1.0, kept=[1500], steps=[1000]), full_short=row(briefly, kept=[1500], steps=[100]), random_short=row(random, steps=[100]), pruned_short=row(short, steps=[100]))
+    (got, text), = report.equal_epochs(t)
+    assert got.startswith(verdict) and text.startswith(f"A speed-up of 10x at equal epochs (pruned-short, 100 steps) {verdict}") and "full at its end" in text
+    assert report.answer_cost(t, {}, [(got, text)]) == [text]
+    assert report.equal_epochs(table(full={}, pruned_short={})) == []
+
+
+def test_early_quality_is_a_figure_of_its_own(tmp_path):
+    """The mean height of the trajectory over the stated share of training, by hand: 100..200 of 1 000 steps at --area 0.2."""
+    for n, k, first in (("full", 1500, 3.0), ("random", 150, 5.0)):
+        make_run(tmp_path / n, kept=k, steps=1000, points=[(100, first), (200, first - 2), (1000, 1.0)])
+    report.main([str(tmp_path / "full"), str(tmp_path / "random"), "--out", str(tmp_path / "r"), "--area", "0.2"])
+    rows = json.loads((tmp_path / "r" / "report.json").read_text())["rows"]
+    assert rows["full"]["area"] == [2.0] and rows["random"]["area"] == [4.0]
+
+
+def test_costs_are_shared_by_the_runs_that_use_a_thing():
+    from types import SimpleNamespace as S
+    runs = [S(costs={"scorer": ("network", 90.0), "a": ("scores", 2.0)}), S(costs={"scorer": ("network", 90.0)}), S(costs={"scorer": ("network", 90.0), "b": ("tokens", None)}), S(costs={})]
+    assert [report.amortised(run, runs) for run in runs] == [32.0, 30.0, None, 0]
 
 
 def test_a_subset_is_compared_with_random_of_its_own_size_only():
     t = table(random=dict(kept=[5000], fd=[4.0]), random_04=dict(kept=[20000]), d2c_random=dict(kept=[1000], fd=[9.0]), d2c_select=dict(kept=[1000], fd=[4.5]),
               pruned=dict(kept=[5000], fd=[2.0]), d2c_select_attach=dict(kept=[1000], fd=[3.0]), random_attach=dict(kept=[1000], fd=[6.0]))
     t["random-0.4"], t["pruned-0.4"] = t.pop("random-04") | dict(fd=[2.0]), t["pruned"] | dict(kept=[20000], fd=[1.0])
-    text = ". ".join(report.answer_random(t))
-    assert "D2C Select has 50 % lower FD than d2c-random" in text and "Pruning has 50 % lower FD than random at" in text
-    assert "Pruning 0.4 has 50 % lower FD than random-0.4" in text
-    source = report.answer_source(t)
-    assert len(source) == 4 and source[0].startswith("Selection alone has 50 % lower FD than d2c-random") and source[1].startswith("Attaching alone has 33 % lower FD than d2c-random")
-    assert source[2].startswith("Their combination has 67 %") and source[3].startswith("Selection on top of attachments has 50 % lower FD than attachments on random images")
-    assert report.answer_random(table(random=dict(kept=[10]), pruned={})) == [] and report.answer_source(table(random={}, d2c_select={})) == []
+    got = {(e.who, e.whom): round(e.change, 2) for e in report.against_random(t)}
+    assert got == {("Pruning", "random"): -0.5, ("Pruning 0.4", "random-0.4"): -0.5, ("D2C Select", "d2c-random"): -0.5, ("D2C Select + Attach", "d2c-random"): -0.67}
+    source = [(e.who, e.whom, round(e.change, 2)) for e in report.of_sources(t)]
+    assert source == [("Selection alone", "d2c-random", -0.5), ("Attaching alone", "d2c-random", -0.33), ("Both", "d2c-random", -0.67),
+                      ("Selection on top of attachments", "attachments on random images", -0.5)]
+    nothing = report.all_effects(table(random=dict(kept=[10]), pruned={}), 0.3)
+    assert report.answer_random(nothing) == [] and report.answer_source(nothing) == [] and report.of_sources(table(random={}, d2c_select={})) == []
 
 
 def test_unequal_steps_are_said():
     t = table(random=dict(steps=[700], fd=[1.0]), pruned=dict(steps=[1400], fd=[0.5]))
-    assert report.answer_random(t) == ["Pruning has 50 % lower FD than random at 1,400 steps against 700; one seed, so no claim"]
+    e, = report.against_random(t)
+    assert report.sentence(e) == "Pruning against random, FD at 1,400 steps against 700: -50 %; one seed, so no claim"
 
 
 def test_dro_is_judged_by_fd_and_by_the_worst_class():
-    t = table(pruned=dict(worst=[4.0, 4.1], fd=[1.0, 1.01]), pruned_dro=dict(worst=[2.0, 2.1], fd=[1.2, 1.21]))
-    assert report.answer_random(t) == ["DRO reweighting is worse than the same images unweighted by 20 % FD at equal steps, n=2, spread 3 %",
-                                       "DRO reweighting beats the same images unweighted by 49 % worst-class FD (n=24 a class) at equal steps, n=2, spread 8 %"]
-    assert len(report.answer_random(table(pruned=dict(worst=[None]), pruned_dro=dict(worst=[None])))) == 1
+    t = table(pruned=dict(worst=[4.0, 4.1], fd=[1.0, 1.01]), pruned_dro=dict(worst=[2.0, 2.1], fd=[1.2, 1.21]), pruned_dro_permuted=dict(worst=[4.0, 4.1], fd=[1.0, 1.01]))
+    got = [(e.who, e.whom, e.what, e.outcome) for e in report.of_weights(t)]
+    assert got == [("DRO reweighting", whom, what, outcome) for whom in ("the same images unweighted", "the weights of other classes")
+                   for what, outcome in (("FD", "higher"), ("worst-class FD (n=24 a class)", "lower"))]
+    said, = report.answer_random(dict(report.all_effects(t, 0.3)))
+    assert said.startswith("Class weights: better: DRO reweighting against the same images unweighted, worst class (-49 % ±")
+    assert len(report.of_weights(table(pruned=dict(worst=[None]), pruned_dro=dict(worst=[None])))) == 1
 
 
 @pytest.mark.parametrize("m, held, base, noise, verdict", [
@@ -124,24 +232,52 @@ def test_dro_is_judged_by_fd_and_by_the_worst_class():
     (0.55, None, None, 0.6, "leans towards copying"),                             # half way to a low ceiling, within two standard errors of either
     (0.55, None, None, 0.53, "has too few held-out images or samples to tell")])
 def test_verdict_on_memorising(m, held, base, noise, verdict):
-    answer, = report.answer_memorising(table(pruned=dict(memo=[m], memo_heldout=[held], memo_baseline=[base], memo_noise=[noise])))
+    answer = memorising(pruned=dict(memo=[m], memo_heldout=[held], memo_baseline=[base], memo_noise=[noise]))
     assert answer.startswith(f"pruned {verdict}") and f"{m:.2f} of the samples" in answer and f"{noise:.2f}" in answer
     assert ("standard error 0.03" in answer) == (held is None)
     assert ("samples of the full model" in answer) == (base is not None) and ("than to held-out ones" in answer) == (held is None)
 
 
+def memorising(**rows):
+    """The whole sentence on one run."""
+    (_, said), = report.memorising(table(**rows)).values()
+    return said
+
+
+def test_without_held_out_images_the_controls_that_there_are_count():
+    """A data folder without a held-out split: the full model's samples are the control, and nothing is said of held-out images."""
+    row = dict(memo=[0.90], memo_baseline=[0.85], memo_noise=[1.0], memo_of=["a subset"])
+    said = memorising(pruned=row)
+    assert said.startswith("pruned cannot be judged, images that are no copies score almost") and "samples of the full model 0.85" in said and "held-out" not in said
+    assert memorising(pruned=dict(row, memo_baseline=[0.5])).startswith("pruned copies")
+    alone = memorising(pruned=dict(row, memo_baseline=[None]))
+    assert alone.startswith("pruned cannot be judged, there is no control") and "(no control, noisy copies" in alone
+
+
+def test_runs_are_named_by_verdict():
+    row = dict(memo=[0.5], memo_heldout=[0.5], memo_baseline=[0.5], memo_noise=[1.0])
+    said = report.answer_memorising(report.memorising(table(random=row, pruned=dict(row, memo=[0.9]), d2c_select=row)))
+    assert said == ["random, d2c-select: does not memorise beyond its controls; pruned: copies"] and report.answer_memorising({}) == []
+
+
+def test_few_images_that_are_alike_make_a_wide_zero():
+    row = dict(memo=[0.68], memo_heldout=[0.5], memo_baseline=[0.5], memo_alike=[0.55], memo_noise=[1.0])
+    assert memorising(pruned=dict(row, memo_alike_n=[1000])).startswith("pruned leans towards copying")
+    assert memorising(pruned=dict(row, memo_alike_n=[30])).startswith("pruned does not memorise beyond its controls")
+
+
 def test_a_model_of_typical_images_does_not_copy_by_drawing_typical_ones():
     """CIFAR-10 at 8 x 8, Gaussian pruning: 0.90, and 0.85 for held-out images of that kind, which no model has seen."""
     row = dict(memo=[0.90], memo_heldout=[0.71], memo_baseline=[0.74], memo_noise=[1.0])
-    blind, = report.answer_memorising(table(pruned=row))
-    seeing, = report.answer_memorising(table(pruned=dict(row, memo_alike=[0.85])))
-    assert blind.startswith("pruned copies") and seeing.startswith("pruned cannot be judged, images that are no copies score") and "those most like its own 0.85" in seeing
+    blind = memorising(pruned=row)
+    seeing = memorising(pruned=dict(row, memo_alike=[0.85]))
+    assert blind.startswith("pruned copies") and seeing.startswith("pruned cannot be judged, images that are no copies score") and "held-out images most like its own 0.85" in seeing
 
 
 def test_few_samples_make_no_verdict_of_copying():
     row = dict(memo=[0.62], memo_heldout=[0.5], memo_baseline=[0.5], memo_noise=[1.0], ratio=[0.06], ratio_noise=[0.97])
-    many, = report.answer_memorising(table(random=dict(row, memo_n=[1000])))
-    few, = report.answer_memorising(table(random=dict(row, memo_n=[40])))
+    many = memorising(random=dict(row, memo_n=[1000]))
+    few = memorising(random=dict(row, memo_n=[40]))
     assert "leans towards copying" in many and "does not memorise" in few and "6 %, noisy copies 97 %" in many
 
 
@@ -163,13 +299,15 @@ def test_reach_is_the_first_crossing_of_the_mean_over_seeds():
 
 def test_costs_and_speed_up_are_stated_for_each_run():
     at = dict(step=300, images_seen=38400, seconds=30.0, n=500)
-    t = table(full={}, d2c_select=dict(preparation=[30.0]), random={})
-    out = report.answer_cost(t, {"full": (at, at), "d2c-select": (dict(step=100, images_seen=12800, seconds=10.0, n=500), at), "random": (None, dict(at, fd=1.5))})
+    t = table(full={}, d2c_select=dict(preparation=[30.0], preparation_shared=[10.0]), random={})
+    out = report.cost_of_each(t, reached := {"full": (at, at), "d2c-select": (dict(step=100, images_seen=12800, seconds=10.0, n=500), at), "random": (None, dict(at, fd=1.5))})
     assert out == ["full: within 5 % of the full run's final FD (n=500) after 300 steps, 38,400 images, 30 s",
-                   "d2c-select: 30.0 s of preparation for 100 s of training",
+                   "d2c-select: 30.0 s of preparation (10.0 s shared) for 100 s of training",
                    "d2c-select: within 5 % of the full run's final FD (n=500) after 100 steps, 12,800 images, 10 s (speed-up 3.00x, with preparation 0.75x)",
                    "random: the full run's final FD (within 5 %) was not reached; its best is 1.5 after 300 steps (n=500)"]
-    assert report.answer_cost(t, {}) == ["d2c-select: 30.0 s of preparation for 100 s of training"]
+    assert report.answer_cost(t, {}, []) == ["Preparation takes 30 s a run (10 s where runs share it) beside 100 s of training"]
+    assert report.answer_cost(t, reached, [])[1] == ("Within 5 % of the full run's final FD at equal steps: full after 300 steps; d2c-select after 100 steps (speed-up 3.00x, with "
+                                                     "preparation 0.75x); not reached: random")
 
 
 # ---------------------------------------------------------------------------------------------- preparation
@@ -218,7 +356,7 @@ def prepared(tmp_path):
     reuse("lost", "prune", score="gaussian", surrogate="ddae", weights="elsewhere/full/last.pt")
     write(out / "part" / "reweight" / "reweight.args.json", {"args": dict(reference=full), "seconds": None})
     (out / "part/reweight/weights.npy").touch()
-    return lambda **args: report.preparation({"args": dict({"data": str(out / "data")}, **{k: str(out / v) for k, v in args.items()})})
+    return lambda **args: report.preparation(report.costs_by_thing({"args": dict({"data": str(out / "data")}, **{k: str(out / v) for k, v in args.items()})}))
 
 
 @pytest.mark.parametrize("args, seconds", [
@@ -257,7 +395,8 @@ def test_unknown_preparation_in_the_report(tmp_path):
     report.main([*map(str, runs), "--out", str(tmp_path / "r")])
     text = (tmp_path / "r" / "report.md").read_text()
     row, = [line for line in text.splitlines() if line.startswith("| mine | 150")]
-    assert row.endswith("| 100 | ? |") and "speed-up" in text and "with preparation" not in text and "preparation is unknown" in text
+    details = (tmp_path / "r" / "details.md").read_text()
+    assert row.endswith("| 100 | ? |") and "speed-up" in text and "with preparation" not in text + details and "preparation is unknown" in details
     assert json.loads((tmp_path / "r" / "report.json").read_text())["rows"]["mine"]["preparation"] == [None]
 
 
@@ -265,14 +404,14 @@ def test_resampling_is_a_role_of_its_own_and_budgets_may_begin_with_a_point():
     assert report.family("pruned-.4") == "pruned" and report.family("pruned-0.4") == "pruned" and report.family("pruned-dro-resample-.4") == "pruned-dro-resample"
     assert report.family("random-attach") == "random-attach"
     t = table(random=dict(fd=[2.0]), pruned=dict(fd=[None], worst=[4.0]), pruned_dro=dict(fd=[None], worst=[3.0]), pruned_dro_resample=dict(fd=[1.0], worst=[2.0]))
-    text = report.answer_random(t)
-    assert any(x.startswith("Pruning + DRO resampling has 50 % lower FD than random") for x in text)
-    assert any(x.startswith("DRO resampling has 50 % lower worst-class FD (n=24 a class) than the same images unweighted") for x in text)
-    assert any(x.startswith("DRO resampling has 33 % lower worst-class FD (n=24 a class) than DRO weights in the loss") for x in text)
+    got = [(e.who, e.whom, e.what, round(e.change, 2)) for e in (*report.against_random(t), *report.of_weights(t))]
+    assert ("Pruning + DRO resampling", "random", "FD", -0.5) in got
+    assert ("DRO resampling", "the same images unweighted", "worst-class FD (n=24 a class)", -0.5) in got
+    assert ("DRO resampling", "DRO weights in the loss", "worst-class FD (n=24 a class)", -0.33) in got
 
 
 def test_worst_classes_at_different_n_are_not_compared():
-    assert not any("worst" in x for x in report.answer_random(table(pruned=dict(worst=[4.0], worst_n=[24]), pruned_dro=dict(worst=[2.0], worst_n=[48]))))
+    assert not any("worst" in e.what for e in report.of_weights(table(pruned=dict(worst=[4.0], worst_n=[24]), pruned_dro=dict(worst=[2.0], worst_n=[48]))))
 
 
 def test_samples_of_other_weights_are_refused(tmp_path, capsys):
@@ -325,26 +464,37 @@ def whole(tmp_path_factory):
 def test_table_groups_seeds(whole):
     text = (whole / "report" / "report.md").read_text()
     rows = [line for line in text.splitlines() if line.startswith(("| full |", "| random |", "| d2c-select-attach |"))]
-    assert rows[0].startswith("| full | 1,500 | 700 | 60 | 1.02 ± 0.02 | - | 2.04 ± 0.04 |") and rows[1].startswith("| random | 150 | 700 | 597 | 2.04 ± 0.04 | 0.2 ± 0 |")
-    assert rows[0].endswith("| 100 ± 0 | 0 ± 0 |") and "-seed1 |" not in text.split("## Preparation")[0] and "Seeds: 3" in text
+    assert rows[0].startswith("| full | 1,500 | 700 | 1.02 ± 0.02 | - | 2.04 ± 0.04 |") and rows[1].startswith("| random | 150 | 700 | 2.04 ± 0.04 | 0.2 ± 0 |")
+    assert rows[0].endswith("| 100 ± 0 | 0 ± 0 |") and "-seed1 |" not in text and "Seeds: 3" in text
     stored = json.loads((whole / "report" / "report.json").read_text())
     assert stored["judge"] == "scratch" and stored["rows"]["random"]["fd"] == pytest.approx([2.0, 2.04, 2.08])
 
 
 def test_answers_and_warnings_stand_in_the_page(whole):
-    text = (whole / "report" / "report.md").read_text()
-    assert "D2C Select + Attach beats random by 55 % FD at equal steps, n=3, spread" in text and "No difference beyond the spread between Pruning + DRO weights and random" in text
-    assert "- random: the full run's final FD (within 5 %) was not reached; its best is 2." in text
-    assert "- d2c-select-attach: within 5 % of the full run's final FD (n=" in text and "- full: within 5 % of the full run's final FD (n=" in text
-    assert "Warning" in text and "random-attach" in text.split("Warning", 1)[1].splitlines()[0] and "Second judge" in text
-    assert "Neither is comparable with the column FD (n=1,000)" in text and "score 0.13 at n=297" in text
+    text, details = ((whole / "report" / f).read_text() for f in ("report.md", "details.md"))
+    assert "- D2C Select + Attach against random, FD at equal steps: lower, -55 % ± 3 %, n=3 seeds." in details
+    assert "Is it better than random?**\n   - FD against random images: better: " in text and "**Headroom**: all images instead of `random` change FD by -50 %" in text
+    assert "- random: the full run's final FD (within 5 %) was not reached; its best is 2." in details
+    assert "- d2c-select-attach: within 5 % of the full run's final FD (n=" in details and "- full: within 5 % of the full run's final FD (n=" in details
+    assert "not reached: random" in text and "[details.md](details.md)" in text
+    assert "Warning" in text and "random-attach" in text.split("Warning", 1)[1].splitlines()[0] and "Second judge" in details
+    assert "Neither is comparable with the column FD (n=1,000)" in details and "score 0.13 at n=297" in details
     for bad in ("None", "nan", ";  ", "; For", "..", "{"):
-        assert bad not in text.replace("seed None", ""), bad
+        assert bad not in (text + details).replace("seed None", ""), bad
+
+
+def test_the_report_is_read_in_a_minute(whole):
+    """Seven runs, three seeds, every question: at most 340 words without the table, five answers of at most three sentences."""
+    text = (whole / "report" / "report.md").read_text()
+    words = [word for line in text.splitlines() if not line.startswith("|") for word in line.split() if re.search("[a-z]", word)]
+    assert len(words) < 340, len(words)
+    for block in re.split(r"\n\d\. ", text.split("## The five questions")[1])[1:]:
+        assert block.split("## ")[0].count("   - ") <= 3
 
 
 def test_pictures_are_written_and_show_something(whole):
     for name in ("frontier.png", "samples.png", "per_class.png", "nearest.png"):
-        assert f"({name})" in (whole / "report" / "report.md").read_text()
+        assert f"]({name})" in (whole / "report" / "report.md").read_text()
         with Image.open(whole / "report" / name) as im:
             x = np.asarray(im.convert("L"))
         assert x.shape[1] > 900 and x.std() > 20 and (x[[0, -1]] > 250).all(), name                            # nothing runs over the edge
@@ -367,7 +517,7 @@ def test_one_seed_without_trajectories(tmp_path):
     runs = [make_run(tmp_path / n, fd, kept=k) for n, fd, k in (("full", 1.0, 1500), ("random", 2.0, 150), ("d2c-select", 1.5, 150))]
     report.main([*map(str, runs), "--out", str(tmp_path / "r")])
     text = (tmp_path / "r" / "report.md").read_text()
-    assert "one seed, so no claim" in text and "beats" not in text and "speed-up" not in text and "not reached" not in text
+    assert "one seed, so no claim" in text and "better:" not in text and "worse:" not in text and "speed-up" not in text and "not reached" not in text
     assert Image.open(tmp_path / "r" / "frontier.png").width > 500
     assert "The runs that would answer it are not here." in text
 
@@ -376,7 +526,7 @@ def test_runs_without_audit_classes_or_full_run(tmp_path):
     runs = [make_run(tmp_path / n, memo=None, per_class=False) for n in ("mine", "random")]
     (runs[0] / "nearest.png").unlink(), (runs[1] / "nearest.png").unlink()
     report.main([*map(str, runs), "--out", str(tmp_path / "r")])
-    assert sorted(p.name for p in (tmp_path / "r").iterdir()) == ["frontier.png", "report.json", "report.md", "samples.png"]
+    assert sorted(p.name for p in (tmp_path / "r").iterdir()) == ["details.md", "frontier.png", "report.json", "report.md", "samples.png"]
 
 
 def test_a_trajectory_that_is_not_the_run_s_is_left_out(tmp_path):
@@ -483,13 +633,12 @@ def test_run_all_asks_for_the_names_of_runs(capsys):
     with pytest.raises(SystemExit) as stop:
         report.main(["--list", "runs"])
     names = capsys.readouterr().out.split()
-    assert stop.value.code == 0 and {*SEVEN, "pruned-dro-resample"} == set(names) == set(report.RUNS)
+    assert stop.value.code == 0 and {*SEVEN, "pruned-dro-resample", "pruned-dro-permuted", "full-short", "random-short", "pruned-short"} == set(names) == set(report.RUNS)
 
 
 def test_an_audit_that_one_seed_lacks_is_that_of_the_others():
     row = dict(memo=[0.8, None], memo_heldout=[0.5, None], memo_baseline=[0.5, None], memo_noise=[1.0, None], memo_n=[1000, None], memo_side=[297, None])
-    answer, = report.answer_memorising(table(pruned=row))
-    assert answer.startswith("pruned copies: 0.80")
+    assert memorising(pruned=row).startswith("pruned copies: 0.80")
 
 
 def test_titles_of_runs():
@@ -508,9 +657,12 @@ def test_the_fifth_question_is_answered_by_other_reports(tmp_path, capsys):
                              train_args={"model": f"net-{name}"}.items())) for run, fd in rows.items()]
         beside = ["--beside", str(tmp_path / "a/report/report.json")] if name == "b" else []
         report.main([*runs, "--out", str(tmp_path / name / "report"), *beside])
-    one, two = ((tmp_path / f"{name}/report/report.md").read_text(encoding="utf-8") for name in "ab")
+    def read(name):
+        return "".join((tmp_path / f"{name}/report/{file}").read_text(encoding="utf-8") for file in ("report.md", "details.md"))
+    one, two = map(read, "ab")
     assert "run_all.sh puts those" in one and "run_all.sh puts those" not in two
     where = "net-a (flow) on digits 8 x 8, 700 steps of 128, scratch [a]"
+    assert f"{where}: of 4 runs in both, 0 differ from random in both places beyond the interval, 0 of them the same way." in two
     assert f"Pruning, FD against random: +50 % here (one seed); +100 % with {where} (one seed)." in two
     assert f"D2C Select, FD against random: -5 % here (one seed); -20 % with {where} (one seed)." in two
     assert f"Attach on random images, FD against random: -10 % here (one seed); -10 % with {where} (one seed)." in two
@@ -518,12 +670,12 @@ def test_the_fifth_question_is_answered_by_other_reports(tmp_path, capsys):
     assert f"Order of these 4 runs here and with {where}: rank correlation 0.40." in two
     capsys.readouterr()
     report.main([str(tmp_path / "b/full"), "--out", str(tmp_path / "same"), "--beside", str(tmp_path / "b/report/report.json")])
-    assert "the same network and data set as here" in capsys.readouterr().out and "Order of" not in (tmp_path / "same/report.md").read_text(encoding="utf-8")
+    assert "the same network and data set as here" in capsys.readouterr().out and "Order of" not in (tmp_path / "same/details.md").read_text(encoding="utf-8")
     for broken in ("c", "d"):                                         # a folder: what is no whole report in it was not asked for by name
         (tmp_path / broken / "report").mkdir(parents=True)
         (tmp_path / broken / "report/report.json").write_text('{"setting"' if broken == "c" else "{}")
     report.main([*runs, "--out", str(tmp_path / "b/report"), "--beside", str(tmp_path)])
-    assert (tmp_path / "b/report/report.md").read_text(encoding="utf-8") == two and "the same network" not in capsys.readouterr().out
+    assert read("b") == two and "the same network" not in capsys.readouterr().out
     shutil.rmtree(tmp_path / "c")
     sound = json.loads((tmp_path / "a/report/report.json").read_text())
     for change, word in ((lambda r: r["rows"]["full"].update(fd=[]), "row full"), (lambda r: r["rows"]["full"].update(fd="low"), "'fd' is a str"), (lambda r: r.pop("setting"), "setting"),
@@ -540,9 +692,14 @@ def test_the_fifth_question_is_answered_by_other_reports(tmp_path, capsys):
 
 def test_above_random_says_what_counts():
     t = table(random=dict(fd=[1.0, 0.99, 1.01]), pruned=dict(fd=[1.2, 1.19, 1.21]), d2c_select=dict(fd=[0.9, 1.1, 1.03]), pruned_dro=dict(fd=[1.0], steps=[300]))
-    got = report.above_random(t)
-    assert {run: (who, round(rel, 3), note) for run, (who, rel, note) in got.items()} == {
-        "pruned": ("Pruning", 0.2, " (n=3)"), "d2c-select": ("D2C Select", 0.01, " (within the spread, n=3)")}          # fewer steps than random: no comparison
+    got = report.above_random(t)                                      # fewer steps than random: no comparison
+    assert {run: (e.who, round(e.change, 3), e.outcome) for run, e in got.items()} == {"pruned": ("Pruning", 0.2, "higher"), "d2c-select": ("D2C Select", 0.01, "undetected")}
+
+
+def test_agreement_elsewhere_is_counted_where_both_places_claim():
+    rows = dict(random=RANDOM, pruned=HIGHER, d2c_select=LOWER, d2c_select_attach=NOISY)
+    said, = report.answer_elsewhere(table(**rows), "here", {"there": table(**rows | dict(d2c_select=HIGHER))})
+    assert said == "there: of 3 runs in both, 2 differ from random in both places beyond the interval, 1 of them the same way"
 
 
 def test_a_run_named_twice_is_no_second_seed(tmp_path, capsys):
@@ -563,5 +720,5 @@ def test_scores_without_features_are_not_charged_with_them(tmp_path):
         write(folder / "prune.args.json", {"args": dict(score=score, features=str(tmp_path / "a/features.npy"), data="d"), "seconds": 4.0,
                                            "seconds_features": 7.0, "seconds_scores": 3.0})
         (folder / "keep.npy").touch()
-        got = report.preparation({"args": dict(data="d", indices=str(folder / "keep.npy"))})
+        got = report.preparation(report.costs_by_thing({"args": dict(data="d", indices=str(folder / "keep.npy"))}))
         assert got == want, (score, got)

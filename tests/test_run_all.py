@@ -46,6 +46,7 @@ def test_unknown_input_is_one_line(copy):
 
 def checked(what, source, **env):
     """The comparison of these choices, looked at as run_all.sh has it looked at before it makes anything."""
+    env = {"SURROGATE": "ddae", "JUDGE": "scratch pixels" if what != "imagenet" else "inception", **env}
     choices = plan.choices_of(what, env)
     plan.check_choices(what, choices)
     comparison = plan.Comparison(what, source, choices)
@@ -92,9 +93,65 @@ def test_good_choices_pass_the_scripts_own_parsers(what, env):
     assert comparison.runs and all(Path(ROOT, c.script).is_file() for c in comparison.commands)
 
 
+@pytest.mark.parametrize("what, side, there, outside", [("digits", "", True, False), ("cifar10", "", True, True), ("cifar10", "16", True, True), ("cifar10", "8", True, False),
+                                                        ("cifar10", "", False, False), ("folder", "64", True, True), ("folder", "", True, False)])
+def test_imagenet_s_networks_are_taken_where_their_packages_are_and_the_pictures_fit(what, side, there, outside, monkeypatch):
+    find = plan.importlib.util.find_spec
+    monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: there if name in plan.PACKAGES else find(name))
+    c = plan.choices_of(what, {"SIZE": side})
+    made = plan.Comparison(what, "/no/photos" if what == "folder" else what, c)
+    want = plan.OUTSIDE if outside else plan.OWN
+    assert {name: getattr(c, name) for name in want} == want
+    prune = next(command for command in made.commands if "--score gaussian" in str(command))
+    assert f"--surrogate {want['SURROGATE']}" in str(prune)
+    # What somebody chose stays.
+    c = plan.choices_of(what, {"SIZE": side, "JUDGE": "inception"})
+    plan.Comparison(what, "/no/photos" if what == "folder" else what, c)
+    assert c.JUDGE == "inception" and c.SURROGATE == want["SURROGATE"]
+
+
+def test_the_side_of_a_folder_s_pictures_is_known_once_they_are_there(tmp_path):
+    c = plan.choices_of("folder", {})
+    assert plan.side_of("folder", c, tmp_path) == 0
+    np.save(tmp_path / "images.npy", np.zeros((2, 12, 20, 3), np.uint8))
+    assert plan.side_of("folder", c, tmp_path) == 20
+
+
+def commands_of(what, **env):
+    made = checked(what, "/no/photos" if what == "folder" else what, **env)
+    return [str(command) for command in made.commands]
+
+
+def test_guidances_judges_and_a_weak_scorer():
+    got = commands_of("digits", JUDGES="2", SCORER_STEPS="80")
+    assert all(" --cfg 1 1.5 " in c for c in got if c.startswith("sample.py")) and "--judges 2" in next(c for c in got if c.startswith("evaluate.py"))
+    assert any(c.startswith("train.py") and "--steps 80 " in c and c.endswith("--out runs/digits/scorer") for c in got)
+    assert all("--reference runs/digits/scorer/last.pt" in c for c in got if c.startswith("attach.py"))
+    assert all("--reference runs/digits/full/last.pt" in c for c in got if c.startswith("reweight.py"))     # its excess is over the full model's loss
+    assert any("--weights runs/digits/scorer/last.pt" in c for c in got if c.startswith("prune.py"))
+    assert " --cfg 1 1.25 1.5 2 " in next(c for c in commands_of("digits", REPORT="full") if c.startswith("sample.py"))
+    assert " --cfg 3 " in next(c for c in commands_of("digits", GUIDANCE="3") if c.startswith("sample.py"))
+    assert not any("--bootstrap" in c for c in commands_of("digits", REPORT="full"))
+
+
+def test_short_and_permuted_runs():
+    got = commands_of("cifar10", KEEP="0.1 0.4", RUNS="full random pruned full-short random-short pruned-short pruned-dro-permuted")
+    trained = {c.split("--out ")[1].split("/")[-1]: c for c in got if c.startswith("train.py")}
+    for end, steps in (("", 2000), ("-0.4", 8000)):
+        assert all(f"--steps {steps} " in trained[f"{run}-short{end}"] for run in ("full", "random", "pruned"))
+        assert "--indices" not in trained[f"full-short{end}"] and f"runs/cifar10/pruned{end}/prune/keep.npy" in trained[f"pruned-short{end}"]
+        assert f"--weights runs/cifar10/pruned-dro{end}/reweight/weights_permuted.npy" in trained[f"pruned-dro-permuted{end}"]
+    assert any("--steps 80 " in c for c in commands_of("digits", RUNS="full pruned pruned-short") if c.startswith("train.py"))
+    with pytest.raises(common.UserError, match="SHORT=steps"):
+        c = plan.choices_of("digits", {"RUNS": "full pruned-short"})
+        c.SHORT = ""
+        plan.Comparison("digits", "digits", c)
+
+
 STAGE = """import os, signal, sys, time
 from types import SimpleNamespace
-RUNS = "full random random-attach pruned pruned-dro pruned-dro-resample d2c-select d2c-select-attach".split()
+RUNS = ("full random random-attach pruned pruned-dro pruned-dro-resample pruned-dro-permuted d2c-select d2c-select-attach full-short random-short "
+        "pruned-short").split()
 SCORES = {name: SimpleNamespace(needs="features") for name in ("gaussian", "moderate")}
 def parse_args(flags):
     return flags
@@ -131,6 +188,8 @@ def stub(copy, tmp_path):
         (there / f"{script}.py").write_text(STAGE)
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "CLASSES": "cat dog"}
     env.pop("PYTHONPATH")
+    # Whether the machine of the tests has further packages is no part of them.
+    env.update(SURROGATE="ddae", VISUAL="ddae", JUDGE="scratch pixels")
     return there, env
 
 
