@@ -219,9 +219,10 @@ def subset_distance(args, inputs, keep, out):
     groups = common.rows_by_class(inputs.data.labels, inputs.data.num_classes)
     # Every process encodes, the first one measures.
     fd, random = common.from_rank0(lambda: subset_frechet(z, keep, groups, args.seed))
-    others = ", ".join(f"{r:.4g}" for r in random)
+    mean, sd = np.mean(random), np.std(random, ddof=1)
     common.log(f"attach.py: FD ({args.judge}, {judge.width} wide) of the subset to the full set "
-               f"{fd:.4g}; of {len(random)} random subsets with as many of each class {others}")
+               f"{fd:.4g}; of {len(random)} random subsets with as many of each class {mean:.4g} +- "
+               f"{sd:.2g}")
     return {"fd_subset": fd, "fd_random": random, "judge": judge.identity}
 
 

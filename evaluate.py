@@ -313,11 +313,8 @@ class Reference:
         key = counts.tobytes()
         if key not in self.random:
             groups = common.rows_by_class(self.labels, len(counts))
-            rng = np.random.default_rng([self.seed, 5])
-            self.random[key] = []
-            for _ in range(DRAWS):
-                picks = [rng.choice(rows, k, replace=False) for rows, k in zip(groups, counts)]
-                self.random[key].append(self.distance(self.features[np.concatenate(picks)]))
+            subsets = metrics.random_subsets(groups, counts, DRAWS, [self.seed, 5])
+            self.random[key] = [self.distance(self.features[rows]) for rows in subsets]
         return self.random[key]
 
 

@@ -79,18 +79,24 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     return max(float(distance), 0.0)
 
 
-def subset_frechet(z, keep, groups, seed=0, draws=3):
+def random_subsets(groups, sizes, draws, seed):
+    """[sorted rows (M,)] of `draws` subsets with sizes[g] of the rows groups[g] (n_g,)."""
+    rng = np.random.default_rng(seed)
+    subsets = []
+    for _ in range(draws):
+        parts = [rng.choice(rows, m, replace=False) for rows, m in zip(groups, sizes)]
+        subsets.append(np.sort(np.concatenate(parts)))
+    return subsets
+
+
+def subset_frechet(z, keep, groups, seed=0, draws=20):
     """Frechet distance of the rows `keep` (M,) of z (N, D) to all of them, beside chance.
 
     groups: [rows (n_g,) of group g]. Returns (float, [the same of `draws` random subsets with as
     many rows of each group as `keep` has]).
     """
     sizes = [np.isin(rows, keep).sum() for rows in groups]
-    rng = np.random.default_rng(seed)
-    subsets = [keep]
-    for _ in range(draws):
-        parts = [rng.choice(rows, m, replace=False) for rows, m in zip(groups, sizes)]
-        subsets.append(np.sort(np.concatenate(parts)))                   # (M,)
+    subsets = [keep, *random_subsets(groups, sizes, draws, seed)]
     full = gaussian_stats(z)
     fd, *random = [frechet_distance(*gaussian_stats(z, index=rows), *full) for rows in subsets]
     return fd, random

@@ -455,14 +455,14 @@ def test_outputs_and_a_second_call(made, tmp_path, capsys):
     keep, labels, s = np.load(tmp_path / "out" / "keep.npy"), np.load(data / "labels.npy"), np.load(tmp_path / "out" / "difficulty.npy")
     assert keep.tolist() == plain_select(s, labels, 3, 3, "interval", "span")
     assert record["inputs"]["data"] == json.loads((data / "dataset.json").read_text())["sha256"]
-    assert -1 <= record["repeat_correlation"] <= 1 and len(record["fd_random"]) == 3
+    assert -1 <= record["repeat_correlation"] <= 1 and len(record["fd_random"]) == 20
     z = encoders.extract(encoders.load("scratch", "cpu", weights=data / "scratch.pt"), np.load(data / "images.npy"))
     from scipy.linalg import sqrtm
     a, b = np.cov(z[keep].T), np.cov(z.T)
     want = ((z[keep].mean(0) - z.mean(0)) ** 2).sum() + np.trace(a + b - 2 * sqrtm(b @ a).real)
     assert record["fd_subset"] == pytest.approx(want, rel=0.02, abs=1e-4)
     printed = capsys.readouterr().out
-    assert "repeats under other noise" in printed and "of 3 random subsets" in printed and "one constant vector reaches" in printed
+    assert "repeats under other noise" in printed and "of 20 random subsets" in printed and "one constant vector reaches" in printed
     run(data, tmp_path / "out", *flags)
     assert "nothing to do" in capsys.readouterr().out
 
