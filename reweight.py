@@ -252,9 +252,10 @@ def weigh(args, inputs, record, out):
     common.save_weights(out / "weights.png", names, *curves, test.overall, args.burn_in)
     facts = {"entropy_uniform": math.log(K), "weights": w.tolist(), "mean_excess": mean.tolist(),
              "outside_null": found, "null_low": low.tolist(), "null_high": high.tolist(),
-             "null_p": test.p.tolist(), "null_p_holm": test.holm.tolist(), "null_p_overall": test.overall,
-             "null_permutations": len(null), "null_spread": (K * null).std().item(),
-             "spread": (K * abar).std().item(), "permuted_from": [names[k] for k in other]}
+             "null_p": test.p.tolist(), "null_p_holm": test.holm.tolist(),
+             "null_p_overall": test.overall, "null_permutations": len(null),
+             "null_spread": (K * null).std().item(), "spread": (K * abar).std().item(),
+             "permuted_from": [names[k] for k in other]}
     for name, a in (("a", history[-1]), ("abar", abar)):
         facts[f"entropy_{name}"] = torch.special.entr(a).sum().item()                      # nats
         if a.max() > 0.5:

@@ -185,7 +185,8 @@ class Stage:
         new = json.loads(json.dumps(self.record, default=float))
         for part, noun in (("args", "--{}"), ("inputs", "the input '{}'")):
             # An earlier version may have bound a flag that is free by now.
-            for key in sorted({*old[part], *new[part]} - self.unbound):
+            free = self.unbound if part == "args" else ()
+            for key in sorted({*old[part], *new[part]}.difference(free)):
                 was = old[part].get(key)
                 now = new[part].get(key)
                 name = noun.format(key.replace("_", "-"))
