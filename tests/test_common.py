@@ -304,7 +304,8 @@ def test_resume_rule(tmp_path, capsys):
         (out / "x.part.npy").unlink()
         s.finish()
     finished = (out / "toy.args.json").read_bytes()
-    with stage(out, n=2, inputs=inputs, free=["n"]) as s:
+    free_n = argparse.Namespace(n=2, seed=0, out=str(out), overwrite=False, device="cpu")
+    with common.Stage("toy", free_n, inputs, ("x.npy",), ("n",)) as s:
         assert s.done                                                 # a later version no longer binds n
     capsys.readouterr()
     with stage(out, inputs=inputs) as s:
