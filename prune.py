@@ -206,7 +206,7 @@ SCORES = {
     "moderate": Score(median_distance, "features", "the middle of the distances to the median",
                       within=True, ranked=middle_band),
     "kcenter":  Score(kcenter_picks, "features", "greedy cover, from the most central image", True),
-    "herding":  Score(herding_picks, "features", "greedy, their mean stays near the class mean", True),
+    "herding":  Score(herding_picks, "features", "greedy, their mean is near the class mean", True),
     "cluster":  Score(cluster_picks, "features", "the images nearest to M_c k-means centres", True),
     "random":   Score(np.asarray, "nothing", "the baseline that every other score has to beat"),
     "el2n":     Score(np.asarray, "labels", "hardest for a small network after a few epochs"),
