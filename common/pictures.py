@@ -160,9 +160,9 @@ def save_weights(path, names, history, w, low, high, mean, holm, overall, burn_i
     lines = left.plot(steps + 1, history[steps], lw=1)
     left.axvspan(0, burn_in, color="0.9", lw=0)
     left.set(xlabel="step", title=f"class weights a (shaded: burn-in, {burn_in} steps)")
-    middle.bar(range(K), w, color=np.where(holm <= 0.05, "C3", "C0"))
     middle.bar(range(K), high - low, bottom=low, color="C1", alpha=0.5,
                label="null: 95 %, all classes at once")
+    middle.scatter(range(K), w, c=np.where(holm <= 0.05, "C3", "C0"), zorder=3)
     middle.set(xlabel="class", title=f"weights, mean 1 over the images\nred: Holm p <= 0.05; "
                                      f"all classes together: p = {overall:.3f}")
     middle.legend(fontsize=8)
