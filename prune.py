@@ -123,17 +123,20 @@ def kcenter_picks(z, m, tie, rng=None):
 
 
 def herding_picks(z, m, tie, rng=None):
-    """m rows by herding (Welling 2009, Eq. 5 and 6), each row at most once.
+    """m rows whose running mean stays near mu: herding as in iCaRL (Rebuffi et al. 2017, Eq. 4).
 
-    argmax <w, z>, then w <- w + mu - z, from w = mu.
+    Pick k is argmin_z |mu - (z + sum of the picks) / k|, each row once. That is argmax <w, z> -
+    |z|^2 / 2 with w = k mu - sum of the picks: Welling's rule (2009, Eq. 5 and 6) but for the last
+    term, without which rows of other lengths than one are taken for being long.
     """
-    from models.chunked import mean_row, products
+    from models.chunked import mean_row, products, squared_norms
+    half = squared_norms(z) / 2                                          # (n,)
     along = products(z, mean_row(z))                                     # (n,) <mu, z>
     wz = along.copy()                         # (n,) <w, z>, which is kept up to date instead of w
     taken = np.zeros(len(along), bool)                                   # (n,)
     picked = []
     while len(picked) < m:
-        i = first(np.where(taken, -np.inf, wz), tie)
+        i = first(np.where(taken, -np.inf, wz - half), tie)
         taken[i] = True
         picked.append(i)
         wz += along - products(z, z[i:i + 1][0])
@@ -203,7 +206,7 @@ SCORES = {
     "moderate": Score(median_distance, "features", "the middle of the distances to the median",
                       within=True, ranked=middle_band),
     "kcenter":  Score(kcenter_picks, "features", "greedy cover, from the most central image", True),
-    "herding":  Score(herding_picks, "features", "greedy mean that follows the class mean", True),
+    "herding":  Score(herding_picks, "features", "greedy, their mean is near the class mean", True),
     "cluster":  Score(cluster_picks, "features", "the images nearest to M_c k-means centres", True),
     "random":   Score(np.asarray, "nothing", "the baseline that every other score has to beat"),
     "el2n":     Score(np.asarray, "labels", "hardest for a small network after a few epochs"),

@@ -12,7 +12,10 @@ Reads   DATA/             a data folder of data.py;  --indices keep.npy int64 (M
 Writes  OUT/weights.npy   float32 (K,), w_i = abar_i / (M_i / M), mean 1 over the M kept images
         OUT/abar.npy      float64 (K,), mean of a over the steps after the burn-in
         OUT/history.npy   float32 (steps, K), a after every step
+        OUT/weights_permuted.npy  float32 (K,), the same abar, each dealt to another class: a
+                          control for train.py --weights, equally spread and without meaning
         OUT/excess.npy    float32 (steps, 2, B), per example l_proxy - l_reference, and the labels
+        OUT/excess_rows.npy  int64 (steps, B), which image of DATA each of these is
         OUT/proxy.pt      the proxy, a checkpoint like others; the state of an interrupted run
         OUT/weights.png, OUT/reweight.args.json
 
@@ -20,12 +23,15 @@ Writes  OUT/weights.npy   float32 (K,), w_i = abar_i / (M_i / M), mean 1 over th
         --steps 400 --batch-size 64 --out runs/digits/weighted/reweight
 
 To resume, run the same command again, with the same --steps: burn-in and mean depend on them.
-`--burn-in 0` is DoReMi as published; a fresh proxy then gives least to the class hardest for the
-reference, for its first excess is a constant minus the reference's loss.
-The null: the same recursion over the recorded excess losses with labels permuted. Weights that mean
-nothing leave its band, in any class, with probability 2 / (permutations + 1) at most: 10 % for 20.
+`--burn-in 0 --clip example` is DoReMi as its paper has it (c = 1e-3, which is the default; its code
+has `--smoothing 1e-4`). Its clip is per token; an image is one example. A fresh proxy then gives
+least to the class hardest for the reference: its first excess is a constant minus the reference's.
+The null: the same recursion, over the recorded excess losses, with images exchanged between classes
+once for the whole record. Weights that mean nothing leave its band, in any class, in 5 % of cases.
 """
 import math
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -33,7 +39,9 @@ import torch
 
 import common
 
-OUTPUTS = ("weights.npy", "abar.npy", "history.npy", "excess.npy", "weights.png", "proxy.pt")
+OUTPUTS = ("weights.npy", "weights_permuted.npy", "abar.npy", "history.npy", "excess.npy",
+           "excess_rows.npy", "weights.png", "proxy.pt")
+FREE = ("checkpoint_every", "log_every", "permutations")
 # Flags that, left out, take the value with which the reference was trained, and their types.
 FROM_REFERENCE = dict(steps=int, batch_size=int, lr=(int, float), amp=str, warmup=int, schedule=str,
                       grad_clip=(int, float), flips=bool)
@@ -84,20 +92,6 @@ def dro_path(excess, labels, K, eta, c, clip="class", burn_in=0):
         yield log_a.exp()
 
 
-def permuted_null(excess, labels, K, eta, c, clip="class", burn_in=0, permutations=20,
-                  generator=None):
-    """abar (permutations, K) of the same record with labels permuted: no class means anything.
-
-    excess, labels (steps, B). Labels are permuted within each step, so that every step keeps its
-    class counts, its times and its stage of training. No training: that the proxy would have been
-    trained with another a is left out.
-    """
-    orders = (torch.rand(permutations, len(y), generator=generator).argsort(-1) for y in labels)
-    shuffled = (y[order] for y, order in zip(labels, orders))         # (P, B) each
-    path = enumerate(dro_path(excess, shuffled, K, eta, c, clip, burn_in))
-    return sum(a for step, a in path if step >= burn_in) / (len(excess) - burn_in)
-
-
 def class_weights(abar, counts):
     """w_i = abar_i / (M_i / M), mean 1 over the images. abar (..., K); counts (K,), images each."""
     return abar / (counts / counts.sum())
@@ -132,17 +126,14 @@ def train_proxy(args, inputs, stage, device):
     run = common.Run(stage.out, parts, {"label_drop": 0.0, **inputs.settings}, args, device)
     record = open_record(args, run, stage)
     wrapped = common.share_out(proxy, device)
-    labels = torch.from_numpy(inputs.data.labels[inputs.keep])        # (M,)
-    by_class = labels.argsort(stable=True)                            # (M,)
-    counts = torch.from_numpy(inputs.counts)                          # (K,)
     stop = common.Stop()
     who = f"proxy {args.proxy_model} (eta {args.eta:g}, burn-in {args.burn_in})"
-    run.describe(who, proxy, inputs.process, len(labels), device, 8 * args.steps * B)
+    run.describe(who, proxy, inputs.process, len(inputs.labels), device, 8 * args.steps * B)
     run.start()
 
     for step in range(run.step, args.steps):
-        rows = uniform_rows(step, B, args.seed, by_class, counts)     # (B,)
-        y_all = labels[rows].to(device)
+        rows = uniform_rows(step, B, args.seed, inputs.by_class, inputs.counts)            # (B,)
+        y_all = inputs.labels[rows].to(device)
         y = y_all[mine]                                               # (n,)
         # One (u, eps) per example, the same for both networks.
         x, u, eps = proxy_batch(args, inputs, step, rows, mine, device)
@@ -207,9 +198,13 @@ def proxy_batch(args, inputs, step, rows, mine, device):
 
 
 def open_record(args, run, stage):
-    """The memory map of all excess losses on rank 0; takes up an interrupted call."""
-    part = stage.out / "excess.part.npy"
-    resuming = stage.resuming and part.exists() and (stage.out / "proxy.pt").exists()
+    """The memory map of all excess losses on rank 0; takes up an interrupted call.
+
+    Where a whole record stands, no step is left to train, and the weights alone are made again.
+    """
+    part, whole = stage.out / "excess.part.npy", stage.out / "excess.npy"
+    standing = (stage.out / "proxy.pt").exists() and (part.exists() or whole.exists())
+    resuming = stage.resuming and standing
     if resuming:
         run.resume(stage.out / "proxy.pt")
     # All have looked before rank 0 makes the file.
@@ -218,60 +213,55 @@ def open_record(args, run, stage):
         return None
     if not resuming:
         common.allocate(part, np.float32, (args.steps, 2, args.batch_size))
-    return np.lib.format.open_memmap(part, "r+")
+    return np.lib.format.open_memmap(part if part.exists() else whole, "r+")
 
 
 def weigh(args, inputs, record, out):
     """Writes the weights, prints them beside their null. Returns what is worth recording."""
+    from models.permutation import derangement, permutation_test, permuted_null, told
     names, K = inputs.data.classes, inputs.data.num_classes
     excess = torch.from_numpy(np.array(record[:, 0]))                 # (steps, B)
-    labels = torch.from_numpy(np.array(record[:, 1])).long()          # (steps, B)
-    counts = torch.from_numpy(inputs.counts).double()                 # (K,)
-    rule = dict(K=K, eta=args.eta, c=args.smoothing, clip=args.clip, burn_in=args.burn_in)
+    labels, counts = inputs.labels, inputs.counts.double()            # (M,), (K,)
+    rows = torch.stack([uniform_rows(step, args.batch_size, args.seed, inputs.by_class,
+                                     inputs.counts) for step in range(args.steps)])  # (steps, B)
+    common.need(np.array_equal(labels[rows].numpy(), record[:, 1]),
+                f"{out}: excess.npy was drawn by another rule; --overwrite makes it again")
+    path = partial(dro_path, K=K, eta=args.eta, c=args.smoothing, clip=args.clip,
+                   burn_in=args.burn_in)
     # The a of the loop, step by step.
-    history = torch.stack(list(dro_path(excess, labels, **rule)))     # (steps, K) float64
+    history = torch.stack(list(path(excess, labels[rows])))           # (steps, K) float64
     abar = history[args.burn_in:].mean(0)                             # (K,)
-    null = permuted_null(excess, labels, **rule, permutations=args.permutations,
-                         generator=common.generator(args.seed, "null"))                    # (P, K)
-    # Every class is drawn alike: one band for abar, of all classes and permutations.
-    w, low, high = (class_weights(v, counts) for v in (abar, null.min(), null.max()))
+    null = permuted_null(path, excess, rows, labels, args.burn_in, args.permutations,
+                         common.generator(args.seed, "null"))         # (P, K)
+    test = permutation_test(abar.log(), null.log())
+    w, low, high = (class_weights(v, counts) for v in (abar, test.low.exp(), test.high.exp()))
+    other = derangement(K, common.generator(args.seed, "deal"))       # (K,)
     after = excess[args.burn_in:].flatten().double()
-    y = labels[args.burn_in:].flatten()                               # like after
+    y = labels[rows[args.burn_in:]].flatten()                         # like after
     mean = torch.stack([after[y == k].nanmean() for k in range(K)]).nan_to_num()           # (K,)
-    saved = dict(abar=abar, history=history.float(), weights=w.float(), excess=record)
+    saved = dict(abar=abar, history=history.float(), weights=w.float(), excess=record,
+                 weights_permuted=class_weights(abar[other], counts).float(),
+                 excess_rows=inputs.keep[rows])
     for name, values in saved.items():
-        common.save_npy(out / f"{name}.npy", values)
-    curves = [v.numpy() for v in (history, w, low, high, mean)]
-    common.save_weights(out / "weights.png", names, *curves, args.burn_in)
+        # What a finished call left stays, byte for byte: others may have trained with it.
+        if not (out / f"{name}.npy").exists():
+            common.save_npy(out / f"{name}.npy", values)
+    text, found = told(names, w, low, high, mean, test, len(null))
+    common.log(text)
+    curves = [v.numpy() for v in (history, w, low, high, mean, test.holm)]
+    common.save_weights(out / "weights.png", names, *curves, test.overall, args.burn_in)
     facts = {"entropy_uniform": math.log(K), "weights": w.tolist(), "mean_excess": mean.tolist(),
-             "outside_null": table(names, w, low, high, mean), "null_low": low.tolist(),
-             "null_high": high.tolist(), "null_spread": (K * null).std().item(),
-             "spread": (K * abar).std().item()}
+             "outside_null": found, "null_low": low.tolist(), "null_high": high.tolist(),
+             "null_p": test.p.tolist(), "null_p_holm": test.holm.tolist(),
+             "null_p_overall": test.overall, "null_permutations": len(null),
+             "null_spread": (K * null).std().item(), "spread": (K * abar).std().item(),
+             "permuted_from": [names[k] for k in other]}
     for name, a in (("a", history[-1]), ("abar", abar)):
         facts[f"entropy_{name}"] = torch.special.entr(a).sum().item()                      # nats
         if a.max() > 0.5:
             common.log(f"warning: class {names[a.argmax()]} holds {a.max():.0%} of {name}: the "
                        "others hardly count; lower --eta or raise --smoothing")
     return facts
-
-
-def table(names, w, low, high, mean):
-    """Prints the weights beside their null. Returns the classes outside it, heaviest first."""
-    order = w.argsort(descending=True).tolist()
-    title = f"{'class':<24}{'weight':>8}{'null':>18}{'mean excess':>13}"
-    shown = range(len(names))
-    if len(names) > 20:
-        title += "   (the ten heaviest and the ten lightest)"
-        shown = order[:10] + order[-10:]
-    common.log(title)
-    for k in shown:
-        band = f"{low[k]:.3f} .. {high[k]:.3f}"
-        common.log(f"{names[k][:23]:<24}{w[k]:>8.3f}{band:>18}{mean[k]:>13.5f}")
-    outside = [f"{names[k]} ({w[k]:.3f})" for k in order
-               if not (low[k] - 1e-9 <= w[k] <= high[k] + 1e-9)]
-    said = ", ".join(outside) or "none: the weights are not distinguishable from noise"
-    common.log(f"classes whose weight lies outside the null's band: {said}")
-    return outside
 
 
 # ---------------------------------------------------------------------------- inputs
@@ -283,7 +273,9 @@ def load_inputs(args):
     keep = common.load_kept(args.indices, data)
     inputs = SimpleNamespace(data=data, reference=reference, process=process, keep=keep)
     inputs.source, _, _ = common.training_source(data)
-    inputs.counts = np.bincount(data.labels[keep], minlength=data.num_classes)
+    inputs.labels = torch.from_numpy(data.labels[keep])               # (M,)
+    inputs.by_class = inputs.labels.argsort(stable=True)              # (M,) rows, sorted
+    inputs.counts = inputs.labels.bincount(minlength=data.num_classes)     # (K,)
     load_proxy(args, inputs, known)
     inputs.files = {"data": data.info, "indices": args.indices, "reference": args.reference,
                     "proxy_init": args.proxy_init}
@@ -309,6 +301,8 @@ def fill_flags(args, data, known):
     common.need(args.burn_in < args.steps,
                 f"--burn-in {args.burn_in}: none of {args.steps} steps is left to average over; "
                 "give fewer, or more --steps")
+    if args.permutations is None:
+        args.permutations = max(200, min(20 * data.num_classes, 2000))
     common.need_even_batch(args.batch_size)
     return known
 
@@ -352,16 +346,16 @@ def parse_args(argv=None):
     p.add_argument("--eta", type=common.number(low=0, high=1e6), default=1.0,
                    help="step size of a; 1 is DoReMi's, tiny data sets need less (digits 0.05)")
     p.add_argument("--smoothing", type=common.number(low=0, high=0.99), default=1e-3,
-                   help="c: share of the uniform distribution mixed into a at every step")
+                   help="c: uniform share of a; DoReMi's paper 1e-3, its code 1e-4")
     p.add_argument("--burn-in", type=common.number(int, low=0), help="first steps with uniform a, "
                    "not averaged; default max(200, 10 %% of the steps)")
     p.add_argument("--clip", choices=("class", "example"), default="class",
-                   help="clip at 0 after the class mean, or inside it (biased upwards)")
+                   help="clip at 0 after the class mean, or inside it: DoReMi's, biased upwards")
     p.add_argument("--proxy-model", choices=MODELS, help="its network; default: the reference's")
     p.add_argument("--proxy-init", help="checkpoint whose EMA the proxy starts from; default: none")
     p.add_argument("--amp", choices=common.AMP, help="precision; default: the reference's")
-    p.add_argument("--permutations", type=common.number(int, low=1, high=10_000), default=20,
-                   help="permutations of the labels for the null")
+    p.add_argument("--permutations", type=common.number(int, low=19, high=100_000),
+                   help="of the images, for the null; default 200, or 20 a class up to 2 000")
     p.add_argument("--checkpoint-every", type=common.count, default=200, help="steps between saves")
     p.add_argument("--log-every", type=common.count, default=50, help="steps between log figures")
     common.add_run_flags(p, "start again where another run stands", "seed of everything random")
@@ -374,8 +368,12 @@ def main(argv=None):
     device = common.get_device(args.device)
     common.fast_float32()
     inputs = load_inputs(args)                       # nothing is written yet
-    with common.Stage("reweight", args, inputs.files, OUTPUTS, ("checkpoint_every", "log_every"),
-                      stale=OUTPUTS, scraps=("excess.part.npy",)) as stage:
+    def ready():                                     # else the null alone is made anew
+        record = common.load_record(Path(args.out, "reweight.args.json"))
+        return record.get("null_permutations") == args.permutations
+
+    with common.Stage("reweight", args, inputs.files, OUTPUTS, FREE, stale=OUTPUTS,
+                      scraps=("excess.part.npy",), ready=ready) as stage:
         if stage.done:
             return
         if args.eta >= 10:

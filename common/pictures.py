@@ -148,10 +148,10 @@ def class_histograms(path, data, values, keep, title, width, height, cut=False):
     save_figure(path, fig, dpi=110)
 
 
-def save_weights(path, names, history, w, low, high, mean, burn_in):
+def save_weights(path, names, history, w, low, high, mean, holm, overall, burn_in):
     """Write weights.png of reweight.py: paths of a, weights with the null's band, mean excess.
 
-    history (steps, K); w, low, high, mean (K,).
+    history (steps, K); w, low, high, mean, holm (K,): of the last the p values; overall: one p.
     """
     K = len(names)
     fig = figure(14, 4)
@@ -160,10 +160,11 @@ def save_weights(path, names, history, w, low, high, mean, burn_in):
     lines = left.plot(steps + 1, history[steps], lw=1)
     left.axvspan(0, burn_in, color="0.9", lw=0)
     left.set(xlabel="step", title=f"class weights a (shaded: burn-in, {burn_in} steps)")
-    middle.bar(range(K), w)
     middle.bar(range(K), high - low, bottom=low, color="C1", alpha=0.5,
-               label="null: permuted labels")
-    middle.set(xlabel="class", title="weights, mean 1 over the images")
+               label="null: 95 %, all classes at once")
+    middle.scatter(range(K), w, c=np.where(holm <= 0.05, "C3", "C0"), zorder=3)
+    middle.set(xlabel="class", title=f"weights, mean 1 over the images\nred: Holm p <= 0.05; "
+                                     f"all classes together: p = {overall:.3f}")
     middle.legend(fontsize=8)
     right.bar(range(K), mean, color="C2")
     right.set(xlabel="class", title="mean excess loss after the burn-in")

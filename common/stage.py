@@ -114,8 +114,8 @@ class Stage:
         self.late = late
         self.overwrite = getattr(args, "overwrite", False)
         self.inputs = dict(inputs)
-        unbound = {"out", "overwrite", "device", *free}
-        self.args = {k: v for k, v in vars(args).items() if k not in unbound}
+        self.unbound = {"out", "overwrite", "device", *free}
+        self.args = {k: v for k, v in vars(args).items() if k not in self.unbound}
         # What fill() leaves in the middle of an array belongs to the array.
         filling = [name.replace(".npy", end) for name in outputs if name.endswith(".npy")
                    for end in (".part.npy", ".done.npy")]
@@ -184,7 +184,9 @@ class Stage:
         old = load_record(self.file)
         new = json.loads(json.dumps(self.record, default=float))
         for part, noun in (("args", "--{}"), ("inputs", "the input '{}'")):
-            for key in sorted({*old[part], *new[part]}):
+            # An earlier version may have bound a flag that is free by now.
+            free = self.unbound if part == "args" else ()
+            for key in sorted({*old[part], *new[part]}.difference(free)):
                 was = old[part].get(key)
                 now = new[part].get(key)
                 name = noun.format(key.replace("_", "-"))

