@@ -21,6 +21,12 @@ ROOMS = {
     "inputs": "open_data check_classes rows_by_class load_features load_scores "
               "check_origin load_indices open_kept_images text_tokens load_checkpoint "
               "open_checkpoint open_scorer open_encoder open_judges networks_in",
+    "pixels": "adm_crop to_levels read_image about_image decode_images need_range need_bright "
+              "wider fault_of unreadable",
+    "listing": "list_folder state_of is_image natural",
+    "containers": "way_in",
+    "labels": "arrange",
+    "sources": "DIGITS kind_of read_source refuse_file open_pixels",
     "loop": "AMP autocast generator random_scores fast_float32 share_out step_draws lr_at "
             "optimizer_of backward optimizer_step",
     "training": "training_source need_even_batch load_kept load_class_weights load_text "

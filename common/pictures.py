@@ -7,17 +7,27 @@ import numpy as np
 from common.files import atomic
 
 
-@contextlib.contextmanager
-def no_bombs():
-    """Pillow only warns of pictures up to twice its limit of pixels: here that is an error too.
+# Pillow's own limit, from which on it warns.
+MAX_PIXELS = 2**28 // 3
 
-    Its other warnings are silent.
+
+@contextlib.contextmanager
+def no_bombs(most=None):
+    """Pictures of more than `most` pixels (default: Pillow's limit) are an error in the block.
+
+    Pillow itself only warns up to twice its limit. Its other warnings are silent.
     """
     from PIL import Image
+    before = Image.MAX_IMAGE_PIXELS
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        yield
+        if most:
+            Image.MAX_IMAGE_PIXELS = most
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
 
 
 def save_grid(path, images, pad=1, least=48):
