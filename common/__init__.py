@@ -23,7 +23,7 @@ ROOMS = {
               "open_checkpoint open_scorer open_encoder open_judges networks_in",
     "pixels": "adm_crop to_levels read_image about_image decode_images need_range need_bright "
               "wider fault_of unreadable",
-    "listing": "list_folder state_of is_image natural",
+    "listing": "list_folder list_zip state_of is_image natural",
     "containers": "way_in",
     "labels": "arrange",
     "sources": "DIGITS kind_of read_source refuse_file open_pixels",

@@ -623,7 +623,7 @@ for name, file, damage, words in (
         ("a folder with a smaller bomb", "pictures", png_bomb("pictures/a/0.png", 11_000), "pictures/a/0.png"),
         ("a folder with text as a picture", "pictures", put("pictures/a/0.png", "x"), "pictures/a/0.png"),
         ("a folder with float pictures", "pictures", lambda: Image.fromarray(np.ones((8, 8), F32)).save(fresh("pictures/a/0.tif")), "pictures/a/0.tif"),
-        ("a folder with 16 bits", "pictures", lambda: Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(fresh("pictures/a/0.png")), "pictures/a/0.png")):
+        ("a folder with 16 bits", "pictures", lambda: Image.fromarray(np.full((8, 8), 4_000, np.uint16)).save(fresh("pictures/a/0.png")), "16 bits")):
     case(f"samples given {name}", "evaluate", damage, f"{file}|{words}", "", SAM.format(file))
 case("num beyond the samples", "evaluate", nothing, "--num 13", "--num 13")
 case("num of one sample", "evaluate", nothing, "run/samples.npy", "--num 1")
