@@ -134,7 +134,7 @@ class Decoder:
         # Pixels of this shape are as they should be.
         self.ready = images.shape[1:] == shape and images.dtype == np.uint8
         # --workers counts for a machine: each process of torchrun has its share.
-        share = args.workers // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        share = args.workers // common.from_environment("LOCAL_WORLD_SIZE", 1)
         useful = 1 if self.ready else math.ceil(len(images) / 64)
         self.workers = max(1, min(share, useful))
 

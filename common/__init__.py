@@ -8,7 +8,8 @@ import importlib
 
 ROOMS = {
     "errors": "UserError need reading user_errors",
-    "processes": "world rank get_device single_process barrier all_reduce shard from_rank0 "
+    "signals": "",
+    "processes": "world rank from_environment get_device single_process barrier all_reduce shard from_rank0 "
                  "gather log progress",
     "workers": "open_pool work_ahead",
     "cli": "Parser number count batch_type add_run_flags add_list_flag",
@@ -33,8 +34,8 @@ ROOMS = {
                 "load_visual need_same need_trained_on inherit_flags",
     "run": "Run divergence is_due Stop",
     "rows": "DeviceRows device_budget as_input",
-    "pictures": "no_bombs save_grid rank_montage cut_montage figure save_figure save_weights "
-                "class_histograms",
+    "pictures": "no_bombs save_grid rank_montage cut_montage figure plain save_figure "
+                "save_weights class_histograms",
 }
 _room_of = {name: room for room, names in ROOMS.items() for name in names.split()}
 

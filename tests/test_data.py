@@ -407,7 +407,7 @@ def until(condition, seconds=60):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-@pytest.mark.parametrize("what, code", [("worker", 2), (signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize("what, code", [("worker", 2), (signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9), (signal.SIGUSR1, 143), (signal.SIGHUP, 143)])
 def test_workers_end_with_the_call(what, code, tmp_path):
     """A killed worker, and signals to the call: one line, nothing left behind, and no orphan however it ends."""
     for i in range(1100):                                             # three batches
@@ -416,14 +416,14 @@ def test_workers_end_with_the_call(what, code, tmp_path):
                                     "pixels.read_image = lambda *a: (time.sleep(0.01), real(*a))[1]\ndata.main()\n")
     call = [sys.executable, tmp_path / "go.py", tmp_path / "s", "--size", "2", "--workers", "2", "--out", tmp_path / "o"]
     p = subprocess.Popen([*map(str, call)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-                         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))         # a shell ignores it for what it starts in the background
+                         preexec_fn=lambda: [signal.signal(s, signal.SIG_DFL) for s in (signal.SIGINT, signal.SIGHUP)])      # a shell ignores them in the background
     until(lambda: p.poll() is not None or len(children(p.pid)) == 2)
     workers = children(p.pid)
     time.sleep(0.5)
     if what == "worker":
         os.kill(workers[0], signal.SIGKILL)
-    elif what == signal.SIGINT:
-        os.killpg(p.pid, what)                                        # as a terminal does
+    elif what in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        os.killpg(p.pid, what)                                        # as a terminal and a scheduler do
     else:
         os.kill(p.pid, what)
     _, err = p.communicate(timeout=60)
