@@ -3,16 +3,18 @@
 SOURCE  digits     1 797 real 8x8 handwritten digits, embedded (data/digits.npz): 1 500 for
                    training, 150 of each class, and 297 held out
         cifar10    torchvision's copy, read from --root or downloaded into it
-        FOLDER     images in class sub-folders, at any depth below them; or without sub-folders:
-                   one class. When train/ is there and nothing else but test/ (or val/), these are
-                   the splits. Labels follow the natural order of the class names, or a classes.txt
-                   at the top. Transparent pixels become white, 16 bits become 8, EXIF rotation is
-                   applied; one channel only if every image is grey. (A folder called digits or
-                   cifar10: write ./digits.) A folder is known by its path: after a change to it
-                   use --overwrite.
+        FOLDER     images at any depth; FILE.zip, FILE.tar: the same without unpacking. Folders with
+                   the names of splits (train, valid, Test ...) are splits. Labels: dataset.json of
+                   EDM and StyleGAN, a table (labels.csv, metadata.csv, ...), a webdataset's .cls,
+                   or class folders in natural order or that of a classes.txt; or --labels-from
         FILE.npz   images uint8 (N, H, W) or (N, H, W, C); labels; classes; test_images,
-                   test_labels (all but images optional); or ADM's arr_0, arr_1
+                   test_labels (all but images optional); or ADM's, MedMNIST's or Keras's names
+        FILE.parquet, or a folder of them; hf:NAME: Hugging Face's form (pip install pyarrow;
+                   pip install datasets)
         DATA       a data folder made earlier, to export a part of it or another size
+What was understood is printed before the work begins; docs/data.md has the rules. (A folder called
+digits or cifar10: write ./digits.) Every image becomes 8-bit RGB, or grey if all are grey: upright
+by EXIF, transparent pixels white, 16 bits from 0..65535 or --range.
 --size S resizes and centre-crops as ADM, DiT and SiT do (Dhariwal & Nichol 2021).
 --vae V  adds the latents of a VAE (an AutoencoderKL of diffusers, by name or folder): the
          posterior's mean and std of every image, unscaled, from which train.py draws anew in every
@@ -25,7 +27,8 @@ Writes  OUT/images.npy uint8 (N, H, W, C), order of the source kept;  labels.npy
         OUT/test_images.npy, test_labels.npy where a split is held out.
         With --vae: OUT/latents.npy float16 (N, 2c, h, w), mean and std;  latents.json: VAE, scale,
         mean and std of the scaled draws, sha256.
-        With --as-folder: OUT/[train|test/]CLASS/INDEX.png instead.
+        With --as-folder: OUT/[train|test/]CLASS/INDEX.png instead, without the held-out split
+        where --indices are given; flat: OUT/[train|test/]INDEX.png and labels.csv.
 
     python data.py cifar10 --out data/cifar10
     python data.py ~/photos --size 64 --out data/photos
@@ -33,10 +36,12 @@ Writes  OUT/images.npy uint8 (N, H, W, C), order of the source kept;  labels.npy
         --latents-only --batch-size 512 --out data/imagenet
     python data.py data/cifar10 --indices runs/cifar10/pruned/prune/keep.npy --as-folder --out kept
 """
+import collections
 import contextlib
-import dataclasses
+import csv
 import functools
 import hashlib
+import io
 import itertools
 import math
 import os
@@ -52,65 +57,7 @@ from common import UserError
 
 
 # ---------------------------------------------------------------------------------------- formulas
-# Pillow's modes without colour.
-GREY = {"1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N"}
-
-
-def adm_crop(image, size):
-    """The size x size centre of a PIL image whose shorter side is brought to `size`.
-
-    Box halving while it is twice too large, then bicubic (Dhariwal & Nichol 2021, their code).
-    """
-    from PIL import Image
-    # Averages of 2 x 2 first: bicubic alone would be coarser.
-    while min(image.size) >= 2 * size:
-        half = (image.width // 2, image.height // 2)
-        image = image.resize(half, Image.Resampling.BOX)
-    scale = size / min(image.size)
-    scaled = (round(image.width * scale), round(image.height * scale))    # (w, h)
-    image = image.resize(scaled, Image.Resampling.BICUBIC)
-    left = (image.width - size) // 2
-    top = (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
-
-
-def to_rgb(image):
-    """A PIL image of any mode in RGB: 16 bits become 8, transparent pixels white."""
-    from PIL import Image
-    # Nobody says whether they end at 1, at 255 or elsewhere.
-    if image.mode == "F":
-        raise ValueError("float pixels, whose range is not known; save it with 8 or 16 bits")
-    if image.mode.startswith("I"):
-        # 16 bits, in Pillow's mode I too; convert("L") would clip at 255.
-        v = np.asarray(image).astype(np.int64).clip(0, 65535)    # (H, W)
-        # 65535 = 255 * 257, rounded to the nearest level.
-        image = Image.fromarray(((v + 128) // 257).astype(np.uint8))
-    elif image.has_transparency_data:
-        image = image.convert("RGBA")
-        # On white, as a page shows them; convert("RGB") alone would show what lies behind.
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def read_image(source, size=None):
-    """(pixels uint8 RGB (H, W, 3), whether the image was stored grey).
-
-    source: a file, or an array uint8 (h, w, 1 or 3). size: crop to this square.
-    """
-    from PIL import Image, ImageOps
-    if isinstance(source, Path):
-        image = Image.open(source)
-    else:
-        # Pillow wants grey as (h, w).
-        image = Image.fromarray(source[..., 0] if source.shape[2] == 1 else source)
-    with image:
-        # A camera may have been held upright: height and width change places.
-        ImageOps.exif_transpose(image, in_place=True)
-        grey = image.mode in GREY
-        image = to_rgb(image)
-        if size:
-            image = adm_crop(image, size)
-        return np.asarray(image), grey
+# One image to pixels: common/pixels.py.
 
 
 def content_sha256(images, labels, look=None):
@@ -147,54 +94,22 @@ def name_of(images, row):
     return str(images[row]) if images.ndim == 1 else f"images[{row}]"
 
 
-def unreadable(file, fault):
-    """The line about an image that cannot be read."""
-    return (f"{file}: unreadable image ({fault}); mend or remove it, or go on without such images: "
-            "--skip-bad, where pixels are stored")
-
-
 def shape_of(args, images):
-    """(H, W, C) of all images: the square of --size, or what the first readable one has."""
+    """(H, W, C) of all images: that of --size, or what the first readable one has."""
     if args.size:
-        return args.size, args.size, channels_of(images)
+        sides = args.size if isinstance(args.size, list) else [args.size, args.size]
+        return *sides, channels_of(images)
     if images.ndim == 4:
         return images.shape[1:]
-    with common.no_bombs():
+    with common.no_bombs(args.max_pixels):
         for file in images:
             try:
-                return read_image(file)[0].shape    # (H, W, 3)
+                return common.read_image(file, None, args.range).pixels.shape    # (H, W, 3)
             except Exception as e:
-                fault = f"{type(e).__name__}: {e}"
-            common.need(args.skip_bad, unreadable(file, fault))
-    raise UserError(f"{images[0].parent}: none of the {len(images)} images is readable; mend or "
-                    "replace them")
-
-
-def decode_images(images, shape, size, skip_bad):
-    """(pixels uint8 (b, H, W, C), {place: fault}, whether all were stored grey) of some images.
-
-    With skip_bad those that cannot be read stay black, else UserError names the first.
-    """
-    pixels = np.zeros((len(images), *shape), np.uint8)    # (b, H, W, C)
-    faults = {}
-    all_grey = True
-    with common.no_bombs():
-        for place, image in enumerate(images):
-            try:
-                rgb, grey = read_image(image, size)    # (h, w, 3)
-            except Exception as e:
-                # On damaged files Pillow's plugins raise a dozen kinds.
-                faults[place] = f"{type(e).__name__}: {e}"
-                common.need(skip_bad, unreadable(image, faults[place]))
-                continue
-            height, width, _ = rgb.shape
-            common.need((height, width) == shape[:2],
-                        f"{image}: {width}x{height} pixels, but the first image has {shape[1]}x"
-                        f"{shape[0]}; give --size S to bring all to S x S")
-            # Of a grey array one of three equal channels.
-            pixels[place] = rgb[..., :shape[2]]
-            all_grey &= grey
-    return pixels, faults, all_grey
+                fault = common.fault_of(e)
+            common.need(args.skip_bad, common.unreadable(file, fault))
+    raise UserError(f"{args.source}: none of the {len(images)} images is readable; mend or replace "
+                    "them")
 
 
 class Decoder:
@@ -210,14 +125,16 @@ class Decoder:
 
     def __init__(self, args, images, shape):
         self.images = images
-        self.work = functools.partial(decode_images, shape=shape, size=args.size,
-                                      skip_bad=args.skip_bad)
+        self.work = functools.partial(common.decode_images, shape=shape, size=args.size,
+                                      skip_bad=args.skip_bad, span=args.range,
+                                      most=args.max_pixels)
         self.faults = {}    # {row: what is wrong with the image}
+        self.extent = None  # of the values with more than 8 bits
         self.all_grey = images.ndim == 1 or shape[2] == 1    # as far as is known
         # Pixels of this shape are as they should be.
-        self.ready = images.shape[1:] == shape
+        self.ready = images.shape[1:] == shape and images.dtype == np.uint8
         # --workers counts for a machine: each process of torchrun has its share.
-        share = args.workers // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        share = args.workers // common.from_environment("LOCAL_WORLD_SIZE", 1)
         useful = 1 if self.ready else math.ceil(len(images) / 64)
         self.workers = max(1, min(share, useful))
 
@@ -228,18 +145,20 @@ class Decoder:
         jobs = (self.images[rows] for rows in batches)    # pixels (b, h, w, C) or files (b,)
         # Two batches more than workers: none idles while a batch is written.
         results = common.work_ahead(self.pool, self.work, jobs, depth=self.workers + 2)
-        for rows, (pixels, faults, all_grey) in zip(batches, results):
+        for rows, (pixels, faults, all_grey, extent) in zip(batches, results):
             self.faults |= {int(rows[place]): fault for place, fault in faults.items()}
             self.all_grey &= all_grey
+            self.extent = common.wider(self.extent, extent)
             yield pixels
 
     def outcome(self):
-        """({row: fault} in their order, whether all images were grey), of all processes."""
+        """({row: fault} in their order, whether all were grey, extent), of all processes."""
         # Each process has seen its rows alone.
-        shares = common.gather((self.faults, self.all_grey))
+        shares = common.gather((self.faults, self.all_grey, self.extent))
         everyone = common.from_rank0(lambda: shares)
-        faults = {row: fault for share, _ in everyone for row, fault in share.items()}
-        return dict(sorted(faults.items())), all(grey for _, grey in everyone)
+        faults = {row: fault for share in everyone for row, fault in share[0].items()}
+        extent = functools.reduce(common.wider, [share[2] for share in everyone])
+        return dict(sorted(faults.items())), all(share[1] for share in everyone), extent
 
 
 @contextlib.contextmanager
@@ -276,7 +195,7 @@ def fill_pixels(file, shape, compute, **kw):
 
 
 def decode_split(args, images, file):
-    """FILE, uint8 (n, H, W, C), of the images. Returns (its memory map, {row: fault}, all grey)."""
+    """FILE, uint8 (n, H, W, C), of the images. Returns its memory map and Decoder.outcome()."""
     shape = shape_of(args, images)
     decode = Decoder(args, images, shape)
     with common.open_pool(decode.workers) as decode.pool:
@@ -302,7 +221,9 @@ def decode_source(args, source, place):
     good = {}
     grey = set()
     for prefix, split in source.splits.items():
-        pixels, faults, all_grey = decode_split(args, split.images, place / f"{prefix}images.npy")
+        file = place / f"{prefix}images.npy"
+        pixels, faults, all_grey, extent = decode_split(args, split.images, file)
+        common.need_bright(args.source, extent, args.range)
         for row, fault in faults.items():
             common.log(f"data.py: skipped {name_of(split.images, row)} ({fault})")
         split.images = pixels
@@ -348,7 +269,7 @@ def build(args, source, vae, stage):
         # From here on what stood goes.
         stage.begin()
         if args.as_folder:
-            write_pngs(args.out, source, args.workers)
+            write_pngs(args, source)
         elif common.rank() == 0:
             # Killed from here on, the folder has no description and is none.
             for split in source.splits.values():
@@ -420,29 +341,60 @@ def save_pngs(file, first, names):
         Image.fromarray(images[row]).save(name, "PNG")
 
 
-def write_pngs(out, source, workers):
-    """OUT/[train|test/]CLASS/INDEX.png, where INDEX is the row in the source."""
-    # A name that was read from a file must not lead out of the folder.
-    folders = [re.sub(r"[^\w\-. ]+", "_", c).strip(". ") for c in source.classes]
+def png_folders(classes, form):
+    """Names of the class folders of an export; a name that was read from a file stays inside."""
+    folders = [re.sub(r"[^\w\-. ]+", "_", c).strip(". ") for c in classes]
+    if form == "numbered":
+        width = len(str(len(classes) - 1))
+        return [f"{k:0{width}d}_{name}" for k, name in enumerate(folders)]
     if len({name.lower() for name in folders} - {""}) < len(folders):
         folders = [f"{k:04d}_{name}" for k, name in enumerate(folders)]
-    for prefix, split in source.splits.items():
-        top = out
-        if source.test:
-            top = out / ("test" if prefix else "train")
-        for k in np.unique(split.labels):
-            (top / folders[k]).mkdir(parents=True, exist_ok=True)
-        names = [top / folders[k] / f"{row:06d}.png" for k, row in zip(split.labels, split.rows)]
-        firsts = range(0, len(names), 64)
-        # Portions: a job for each file would cost more than the file.
-        portions = [names[lo:lo + 64] for lo in firsts]
-        with common.open_pool(min(workers, len(portions))) as pool:
-            files = itertools.repeat(split.images.filename)
-            done = pool.map(save_pngs, files, firsts, portions)
-            for _ in common.progress(done, total=len(portions), desc="writing", leave=False):
-                pass
+    return folders
+
+
+def write_pngs(args, source):
+    """OUT/[train|test/]CLASS/INDEX.png, or flat, where INDEX is the row in the source."""
+    folders = png_folders(source.classes, args.as_folder)
+    splits = source.splits
+    if args.indices and source.test:
+        # A program that reads OUT at any depth must find the kept images alone.
+        common.log(f"data.py: note: the {len(source.test.labels)} held-out images are left out of "
+                   "the export of --indices")
+        splits = {"": source.train}
+    for prefix, split in splits.items():
+        top = args.out
+        if len(splits) > 1:
+            top = args.out / ("test" if prefix else "train")
+        names = [f"{folders[k]}/{row:06d}.png" for k, row in zip(split.labels, split.rows)]
+        if args.as_folder == "flat":
+            names = [f"{row:06d}.png" for row in split.rows]
+        for folder in {(top / name).parent for name in names}:
+            folder.mkdir(parents=True, exist_ok=True)
+        write_split(split, [top / name for name in names], args.workers)
+        if args.as_folder == "flat":
+            table = io.StringIO()
+            rows = [(name, source.classes[k]) for name, k in zip(names, split.labels)]
+            csv.writer(table, lineterminator="\n").writerows([("file_name", "label"), *rows])
+            common.save_text(top / "labels.csv", table.getvalue())
+    if args.as_folder == "names" and sorted(folders) != folders:
+        common.log("data.py: note: torchvision's ImageFolder sorts the folders by name, so its "
+                   f"label 0 is {sorted(folders)[0]!r}, ours {folders[0]!r} (classes.txt); "
+                   "--as-folder numbered keeps the labels")
     # It keeps the order of the labels.
-    common.save_text(out / "classes.txt", "\n".join(folders) + "\n")
+    shown = source.classes if args.as_folder == "flat" else folders
+    common.save_text(args.out / "classes.txt", "\n".join(shown) + "\n")
+
+
+def write_split(split, names, workers):
+    """The images of a split under these paths, by several processes."""
+    firsts = range(0, len(names), 64)
+    # Portions: a job for each file would cost more than the file.
+    portions = [names[lo:lo + 64] for lo in firsts]
+    with common.open_pool(min(workers, len(portions))) as pool:
+        files = itertools.repeat(split.images.filename)
+        done = pool.map(save_pngs, files, firsts, portions)
+        for _ in common.progress(done, total=len(portions), desc="writing", leave=False):
+            pass
 
 
 def latent_shape(vae, n, height, width):
@@ -531,304 +483,12 @@ def describe_latents(args, z, info, scale):
 
 
 # ------------------------------------------------------------------------------------------ inputs
-# UCI ML repository, Alpaydin & Kaynak 1998, CC BY 4.0; tests/test_data.py makes it once more.
-DIGITS = Path(__file__).resolve().parent / "data" / "digits.npz"
-DIGIT_NAMES = "zero one two three four five six seven eight nine".split()
-
-
-@dataclasses.dataclass
-class Split:
-    """The training or the held-out images of a source."""
-    images: np.ndarray    # pixels uint8 (n, h, w, C), or files, objects (n,)
-    labels: np.ndarray    # int64 (n,)
-    names: np.ndarray     # (n,), for files.txt
-
-    def __post_init__(self):
-        self.labels = np.asarray(self.labels, np.int64)
-        self.names = np.asarray(self.names, object)
-        self.rows = np.arange(len(self.names))    # (n,), of the source
-
-    def keep(self, rows):
-        """Reduce all but the images to these rows (m,)."""
-        self.labels = self.labels[rows]
-        self.names = self.names[rows]
-        self.rows = self.rows[rows]
-
-
-@dataclasses.dataclass
-class Source:
-    """A data set before it is decoded. A further kind of source is one function that returns it."""
-    classes: list         # K names
-    train: Split
-    test: Split = None
-    parent: str = None    # sha256 of the data folder that it is
-
-    @property
-    def splits(self):
-        """{what the names of a split's files begin with: split}"""
-        both = {"": self.train, "test_": self.test}
-        return {prefix: split for prefix, split in both.items() if split}
-
-
-def of_array(name, images, labels):
-    """A Split out of the array of this name."""
-    return Split(images, labels, [f"{name}[{row}]" for row in range(len(images))])
-
-
-def read_cifar10(root):
-    """CIFAR-10 through torchvision, which compares the md5 of a batch before it unpickles it."""
-    import socket
-    from torchvision.datasets import CIFAR10
-    if root.name == CIFAR10.base_folder:
-        root = root.parent
-    # What torchvision makes before a download that then fails.
-    new = [p for p in (root, *root.parents) if not p.exists()]
-    timeout = socket.getdefaulttimeout()
-    # A network that swallows packets would hang for minutes.
-    socket.setdefaulttimeout(20)
-    try:
-        train = CIFAR10(str(root), train=True, download=True)
-        test = CIFAR10(str(root), train=False)
-    except Exception as e:
-        # urllib, ssl, tarfile and torchvision each raise their own.
-        for p in new:
-            with contextlib.suppress(OSError):
-                p.rmdir()
-        raise UserError(f"{root / CIFAR10.base_folder}: missing or damaged, and the download "
-                        f"failed ({type(e).__name__}: {e}); put {CIFAR10.filename} from "
-                        f"{CIFAR10.url} into {root}, or give --root DIR with "
-                        f"{CIFAR10.base_folder} inside")
-    finally:
-        socket.setdefaulttimeout(timeout)
-    return Source(list(train.classes), of_array("images", train.data, train.targets),
-                  of_array("test_images", test.data, test.targets))
-
-
-def natural(name):
-    """Sort key that puts image10 after image9."""
-    return [int(s) if s.isdecimal() else s for s in re.split(r"(\d+)", name)], name
-
-
-def printable(name):
-    """One line of text: file names may hold line breaks or bytes that are not UTF-8."""
-    return "".join(c if c.isprintable() else "?" for c in name)
-
-
-def visible(folder):
-    """What a folder holds, in natural order."""
-    paths = [p for p in folder.iterdir() if not p.name.startswith((".", "__MACOSX"))]
-    return sorted(paths, key=lambda p: natural(p.name))
-
-
-def image_files(folder, suffixes):
-    """(image files below `folder` in natural order, how many others); links are followed."""
-    found = []
-    others = 0
-    seen = {os.path.realpath(folder)}
-    for path, folders, names in os.walk(folder, followlinks=True):
-        shown = [f for f in folders if not f.startswith(".")]
-        real = {f: os.path.realpath(os.path.join(path, f)) for f in shown}
-        # A link to a folder above would lead round in circles.
-        folders[:] = [f for f in shown if real[f] not in seen]
-        seen.update(real.values())
-        names = [n for n in names if not n.startswith(".")]
-        images = [n for n in names if os.path.splitext(n)[1].lower() in suffixes]
-        found += [os.path.join(path, n) for n in images]
-        others += len(names) - len(images)
-    return [Path(p) for p in sorted(found, key=natural)], others
-
-
-def class_folders(root, suffixes):
-    """Names of the folders in `root`, in natural order; says which images lie beside them."""
-    paths = visible(root)
-    folders = [p.name for p in paths if p.is_dir()]
-    loose = sum(p.suffix.lower() in suffixes for p in paths if p.is_file())
-    if folders and loose:
-        common.log(f"data.py: warning: {loose} images lie in {root} itself, beside the class "
-                   "folders; they have no class and are left out")
-    return folders
-
-
-def ordered(classes, file):
-    """The classes in the order of a classes.txt, where there is one that names them all."""
-    if not (classes and file.is_file()):
-        return classes
-    order = file.read_text(encoding="utf-8", errors="replace").splitlines()
-    if sorted(order) == sorted(classes):
-        return order
-    common.log(f"data.py: note: {file} does not name the class folders and is left out of account")
-    return classes
-
-
-def scan_split(root, classes, suffixes, held_out=False):
-    """(Split of the files in the class folders of `root`, or in itself; how many others)."""
-    files = []
-    labels = []
-    others = 0
-    # Without classes the folder itself is the only one.
-    for k, name in enumerate(classes or [""]):
-        folder = root / name
-        # A class may be missing among held-out images.
-        if held_out and not folder.is_dir():
-            continue
-        mine, rest = image_files(folder, suffixes)
-        kind = "class folder" if classes else "folder"
-        common.need(mine, f"{folder}: no image in this {kind}; remove it or fill it")
-        files += mine
-        labels += [k] * len(mine)
-        others += rest
-    names = [printable(str(f.relative_to(root))) for f in files]
-    return Split(np.asarray(files, object), labels, names), others
-
-
-def scan_folder(top):
-    """A folder of images as a source: lists of files, nothing decoded."""
-    from PIL import Image
-    # Pillow knows all its formats only after this.
-    Image.init()
-    suffixes = {s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    names = {p.name for p in visible(top) if p.is_dir()}
-    root = top
-    # Beside other folders "train" may well be a class.
-    apart = "train" in names and names <= {"train", "test", "val"}
-    if apart:
-        root = top / "train"
-    classes = ordered(class_folders(root, suffixes), top / "classes.txt")
-    train, others = scan_split(root, classes, suffixes)
-    source = Source([printable(c) for c in classes] or ["image"], train)
-    if apart and len(names) > 1:
-        # Where both are there, test/ is the one that nobody has tuned on.
-        held_out = top / ("test" if "test" in names else "val")
-        theirs = class_folders(held_out, suffixes)
-        alike = bool(theirs) == bool(classes) and set(theirs) <= set(classes)
-        common.need(alike, f"{held_out}: its class folders do not match those of {root}; both need "
-                           "the same names")
-        source.test, more = scan_split(held_out, classes, suffixes, held_out=True)
-        others += more
-    if others:
-        common.log(f"data.py: {others} files without the suffix of an image format are left out")
-    return source
-
-
-def npz_split(path, arrays, name, labels):
-    """The Split in two arrays of an .npz, checked. All labels are 0 where they are not there."""
-    x = arrays[name]    # (n, H, W) or (n, H, W, C)
-    common.need(x.dtype == np.uint8 and x.ndim in (3, 4) and 0 not in x.shape
-                and x.shape[3:] in ((), (1,), (3,)),
-                f"{path}: {name} is {x.dtype} {x.shape}, but must be uint8 (N, H, W) or (N, H, W, "
-                "1 or 3), values 0..255")
-    y = arrays.get(labels, np.zeros(len(x), np.int64))    # (n,) or (n, 1)
-    common.need(y.dtype.kind in "iu" and y.shape in ((len(x),), (len(x), 1)),
-                f"{path}: {labels} is {y.dtype} {y.shape}, but must be integers ({len(x)},): one "
-                f"for each of the {name}")
-    return of_array(name, x.reshape(*x.shape[:3], -1), y.reshape(-1))    # (n, H, W, C), (n,)
-
-
-def npz_test(path, arrays, train):
-    """The held-out Split of an .npz."""
-    common.need("test_labels" in arrays or "labels" not in arrays,
-                f"{path}: test_labels is missing, but there are labels; give both or none")
-    test = npz_split(path, arrays, "test_images", "test_labels")
-    shape = train.images.shape[1:]
-    common.need(test.images.shape[1:] == shape, f"{path}: test_images are {test.images.shape[1:]}, "
-                                                f"but images are {shape}; both must be alike")
-    low, high = test.labels.min(), test.labels.max()
-    most = train.labels.max()
-    common.need(low >= 0 and high <= most, f"{path}: test_labels run {low}..{high}, but must be "
-                                           f"among the labels, 0..{most}")
-    return test
-
-
-def npz_classes(path, arrays, num_classes):
-    """The class names of an .npz, or their numbers."""
-    if "classes" not in arrays:
-        return ["image"] if num_classes == 1 else [str(k) for k in range(num_classes)]
-    # Bytes or text, of any shape.
-    names = [printable(str(c)) for c in arrays["classes"].astype(str).ravel()]
-    common.need(len(names) == len(set(names)) == num_classes,
-                f"{path}: {len(names)} names in 'classes' for {num_classes} classes; there must be "
-                "one each, all different")
-    return names
-
-
-def read_npz(path):
-    """An .npz as a source."""
-    names = "images labels classes test_images test_labels arr_0 arr_1".split()
-    what = ("an .npz of np.savez(path, images=..., labels=...) with images uint8 (N, H, W, C), or "
-            "ADM's arr_0 and arr_1,")
-    arrays = common.load_npz(path, names, what)
-    if "images" not in arrays:
-        # ADM's sample files have names by number.
-        of_adm = {"arr_0": "images", "arr_1": "labels"}
-        arrays = {of_adm.get(name, name): array for name, array in arrays.items()}
-    common.need("images" in arrays, f"{path}: holds {', '.join(arrays)}, but 'images' uint8 (N, H, "
-                                    "W, C) is needed, or ADM's 'arr_0'")
-    train = npz_split(path, arrays, "images", "labels")
-    low, high = train.labels.min(), train.labels.max()
-    # Counting comes last: a huge label would ask for a huge array.
-    common.need(low >= 0 and high < len(train.labels) and np.bincount(train.labels).all(),
-                f"{path}: labels run {low}..{high}, but must be 0..K-1 with at least one image of "
-                "each class")
-    source = Source(npz_classes(path, arrays, high + 1), train)
-    if "test_images" in arrays:
-        source.test = npz_test(path, arrays, train)
-    return source
-
-
-def open_pixels(folder):
-    """common.open_data of a folder that has to hold pixels."""
-    data = common.open_data(folder, pixels=False)
-    origin = data.info.get("source", "see its dataset.json")
-    common.need(data.images is not None, f"{folder}: holds latents only; take the source that it "
-                                         f"was made from, {origin}")
-    return data
-
-
-def read_data_folder(folder):
-    """A data folder made earlier as a source."""
-    data = open_pixels(folder)
-    # Memory maps: what is not asked for is not read.
-    train = of_array("images", data.images, data.labels)
-    file = folder / "files.txt"
-    if file.exists():
-        train.names = np.asarray(common.load_lines(file), object)
-    common.need(len(train.names) == len(data.labels), f"{file}: {len(train.names)} names for "
-                f"{len(data.labels)} images; make the data folder again")
-    source = Source(data.classes, train, parent=data.info["sha256"])
-    if data.test_images is not None:
-        source.test = of_array("test_images", data.test_images, data.test_labels)
-    return source
-
-
-def kind_of(source):
-    """digits, cifar10, npz, data or folder."""
-    if source in ("digits", "cifar10"):
-        return source
-    path = Path(source)
-    if path.is_file():
-        return "npz"
-    if (path / "dataset.json").is_file() and (path / "labels.npy").is_file():
-        return "data"
-    return "folder"
-
-
-def read_source(args):
-    """The Source that the command line names."""
-    kind = kind_of(args.source)
-    if kind == "digits":
-        return dataclasses.replace(read_npz(DIGITS), classes=list(DIGIT_NAMES))
-    if kind == "cifar10":
-        return read_cifar10(args.root)
-    readers = {"npz": read_npz, "data": read_data_folder, "folder": scan_folder}
-    return readers[kind](Path(args.source))
-
-
 def load_source(args):
     """The source, its training images reduced to --indices."""
     # Rank 0 comes first: it may download.
     if common.rank():
         common.barrier(patient=True)
-    source = read_source(args)
+    source = common.read_source(args)
     if common.rank() == 0:
         common.barrier()
     train = source.train
@@ -854,10 +514,11 @@ def open_vae(args):
 def open_stage(args):
     """OUT, which stays as it is until begin()."""
     # Of a folder of images and of torchvision's files there is no hash: their path counts.
-    kind = kind_of(args.source)
-    inputs = {"indices": args.indices, "npz": {"digits": DIGITS, "npz": args.source}.get(kind)}
+    kind = common.kind_of(args.source)
+    npz = {"digits": common.DIGITS, "npz": args.source}.get(kind)
+    inputs = {"indices": args.indices, "npz": npz}
     if kind == "data":
-        inputs["data"] = open_pixels(Path(args.source)).info
+        inputs["data"] = common.open_pixels(Path(args.source)).info
     outputs = ["dataset.json"]
     stale = STALE
     parts = []
@@ -868,23 +529,107 @@ def open_stage(args):
         outputs = ["classes.txt"]
         stale = []
         parts = ["*"]
-    return common.Stage("data", args, inputs, outputs, free=["workers", "root", "batch_size"],
-                        stale=stale, scraps=[BEGUN, "latents.seconds.json"], parts=parts, late=True)
+    # What an earlier version did not know is not in its record: left out it means the same.
+    free = ["workers", "root", "batch_size", "max_pixels"]
+    later = dict(range=None, labels_from="auto", label_column=None, splits=None)
+    free += [name for name, value in later.items() if getattr(args, name) == value]
+    return common.Stage("data", args, inputs, outputs, free=free, stale=stale,
+                        scraps=[BEGUN, "latents.seconds.json"], parts=parts, late=True)
+
+
+def state_of_source(args):
+    """What tells that a source known by its path has changed; None for the others."""
+    if common.kind_of(args.source) in ("folder", "zip", "tar", "parquet"):
+        return common.state_of(args.source)
+    return None
+
+
+def say_changes(args, stage):
+    """A warning where the source is no longer what OUT was made from."""
+    was = common.load_record(stage.file).get("source_state")
+    now = state_of_source(args)
+    if was and now and was != now:
+        common.log(f"data.py: warning: {args.source} has changed since: {was[0]} files then, "
+                   f"{now[0]} now, or other sizes or times; {args.out} is still what it was, "
+                   "--overwrite makes it anew")
+
+
+def look_at(args, source):
+    """Prints what was understood, before the work: splits, classes, sizes and modes of a sample."""
+    counts = np.bincount(source.train.labels, minlength=len(source.classes))    # (K,)
+    held = len(source.test.labels) if source.test else 0
+    shown = ", ".join(f"{c} {n}" for c, n in zip(source.classes[:12], counts))
+    more = ", ..." if len(counts) > 12 else ""
+    where = f" ({source.said})" if source.said else ""
+    common.log(f"data.py: {args.source}{where}: {len(source.train.labels)} images, {held} held out;"
+               f" {len(counts)} classes: {shown}{more}")
+    if source.train.images.ndim == 1:
+        look_at_files(args, source.train.images)
+
+
+def look_at_files(args, images, most=64):
+    """Sizes, modes and values of some files, spread evenly; what cannot work is refused here."""
+    sizes = {}                       # {"8x8": the files}
+    modes = collections.Counter()
+    extent = None
+    rows = np.unique(np.linspace(0, len(images) - 1, min(most, len(images))).astype(int))
+    with common.no_bombs(args.max_pixels):
+        for image in images[rows]:
+            # What is damaged is named when all are decoded.
+            with contextlib.suppress(Exception):
+                size, mode, values = common.about_image(image, args.range)
+                sizes.setdefault(f"{size[0]}x{size[1]}", []).append(image)
+                modes[mode] += 1
+                extent = common.wider(extent, values)
+    counts = collections.Counter({size: len(files) for size, files in sizes.items()})
+    text = f"data.py: {len(rows)} looked at: {told(counts)} (width x height), {told(modes)}"
+    if extent:
+        text += f", values {extent[0]:g} to {extent[1]:g}"
+    common.log(text)
+    common.need_range(args.source, extent, args.range)
+    common.need_bright(args.source, extent, args.range)
+    if len(sizes) > 1 and not args.size:
+        odd = counts.most_common()[-1][0]
+        raise UserError(f"{sizes[odd][0]}: {odd} pixels, and the images are of several sizes "
+                        f"({told(counts)}); give --size S to bring all to S x S")
+
+
+def told(counter, most=4):
+    """ "RGB 60, L 4" of a Counter."""
+    shown = ", ".join(f"{name} {n}" for name, n in counter.most_common(most))
+    return shown + (", ..." if len(counter) > most else "")
+
+
 
 
 # ------------------------------------------------------------------------------------ command line
 def parse_args(argv=None):
+    from common.pictures import MAX_PIXELS
     # A container may have fewer cores than its machine.
     cores = os.cpu_count()
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lean-diffusion"
+    # A container may know no home.
+    home = os.path.expanduser("~")
+    home = "." if home == "~" else f"{home}/.cache"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or home) / "lean-diffusion"
     p = common.Parser(__doc__)
-    p.add_argument("source", help="digits, cifar10, a folder of images, an .npz, or a data folder "
-                                  "made earlier")
+    p.add_argument("source", help="digits, cifar10, a folder, .zip or .tar of images, .npz, "
+                                  ".parquet, hf:NAME, or a data folder made earlier")
     p.add_argument("--out", type=Path, required=True, help="the data folder to write")
-    p.add_argument("--size", type=common.number(int, low=1, high=65500),
-                   help="side of the square images; without it all must have one size")
+    p.add_argument("--size", type=common.number(int, low=1, high=65500), nargs="+", metavar="S",
+                   help="side of the square images, or height and width; without it all must have "
+                        "one size")
+    p.add_argument("--labels-from", default="auto", metavar="HOW",
+                   help="auto, folders, prefix (cat_0001.png), none, or a table in the source")
+    p.add_argument("--label-column", metavar="NAME",
+                   help="which column of a table or parquet file is the label")
+    p.add_argument("--splits", nargs="+", metavar="NAME",
+                   help="folders of the training and of the held-out images; none: they are classes")
+    p.add_argument("--range", type=common.number(), nargs=2, metavar=("LO", "HI"),
+                   help="values of more than 8 bits that become black and white")
+    p.add_argument("--max-pixels", type=common.count, default=MAX_PIXELS,
+                   help="largest image that is opened, against decompression bombs")
     p.add_argument("--root", type=Path, default=cache,
                    help="cifar10 only: holds cifar-10-batches-py, or gets the download")
     p.add_argument("--indices", type=Path, help="keep.npy of prune.py or attach.py: export these "
@@ -894,8 +639,9 @@ def parse_args(argv=None):
     p.add_argument("--latents-only", action="store_true", help="with --vae: store no pixels")
     p.add_argument("--batch-size", type=common.count, default=32,
                    help="images that the VAE encodes at a time, over all processes")
-    p.add_argument("--as-folder", action="store_true",
-                   help="write a folder of PNG files instead of arrays")
+    p.add_argument("--as-folder", nargs="?", const="names", choices=("names", "numbered", "flat"),
+                   help="write PNG files instead of arrays: in class folders, in numbered ones "
+                        "(0_zero), or in one folder beside labels.csv")
     p.add_argument("--skip-bad", action="store_true",
                    help="leave unreadable images out, name and count them, instead of stopping")
     p.add_argument("--workers", type=common.number(int, low=1, high=1024), default=cores,
@@ -903,6 +649,15 @@ def parse_args(argv=None):
     common.add_run_flags(p, seed="draws the images of preview.png",
                          overwrite="make the folder again although it stands")
     args = p.parse_args(argv)
+    if args.size and len(args.size) > 2:
+        p.error("--size takes one side, or height and width")
+    if args.size and len(set(args.size)) == 1:
+        # As the records of earlier versions have it.
+        args.size = args.size[0]
+    if args.range and not args.range[0] < args.range[1]:
+        p.error("--range LO HI: LO must be below HI")
+    if args.splits and len(args.splits) > 2:
+        p.error("--splits takes TRAIN, TRAIN HELD_OUT, or none")
     if args.latents_only and not args.vae:
         p.error("--latents-only needs --vae")
     if args.vae and args.as_folder:
@@ -917,11 +672,10 @@ def checked_path(args):
     """The whole path of the source, which must be there; the record calls it so."""
     # Path's own raises where there is no such user.
     path = Path(os.path.expanduser(args.source))
-    common.need(path.exists(), f"{args.source}: no such source; give digits, cifar10, a folder of "
-                               "images or an .npz file")
-    common.need(path.is_dir() or path.suffix.lower() == ".npz",
-                f"{args.source}: neither a folder nor an .npz file; a source is digits, cifar10, "
-                "FOLDER or FILE.npz")
+    common.need(path.exists(), f"{args.source}: no such source; give digits, cifar10, hf:NAME, a "
+                               "folder of images, or a .zip, .tar, .npz or .parquet file")
+    if common.kind_of(str(path)) is None:
+        common.refuse_file(path)
     path = path.resolve()
     out = args.out.resolve()
     common.need(path.is_file() or path not in (out, *out.parents),
@@ -939,11 +693,11 @@ def check_places(args):
     if not args.vae:
         common.single_process("data.py without --vae")
     common.free_for_output(args.out)
-    if args.source not in ("digits", "cifar10"):
+    if common.kind_of(args.source) not in ("digits", "cifar10", "hub"):
         args.source = checked_path(args)
     if args.vae and Path(args.vae).is_dir():
         args.vae = str(Path(args.vae).resolve())
-    common.need(not (args.skip_bad and args.indices) or kind_of(args.source) == "data",
+    common.need(not (args.skip_bad and args.indices) or common.kind_of(args.source) == "data",
                 "--indices with --skip-bad: rows left out would shift the indices; make a data "
                 "folder first, export from that")
     # Whether they fit the source shows when that is read.
@@ -984,6 +738,7 @@ def main(argv=None):
     vae, device = open_vae(args)
     with open_stage(args) as stage:
         if stage.done:
+            common.from_rank0(lambda: say_changes(args, stage))
             return
         # The description comes last, and says that all but the latents is there.
         file = args.out / (BEGUN if vae else "dataset.json")
@@ -992,6 +747,7 @@ def main(argv=None):
         source = None
         if args.latents_only or not begun:
             source = load_source(args)
+            look_at(args, source)
         if begun:
             stage.begin()
             info = common.from_rank0(lambda: common.load_json(file, "what was begun"))
@@ -1003,7 +759,7 @@ def main(argv=None):
             common.barrier(patient=True)
         if vae:
             encode(args, images_to_encode(args, source), info, vae, device)
-        stage.finish()
+        stage.finish(source_state=common.from_rank0(lambda: state_of_source(args)))
     say(args, info, time.time() - start)
 
 

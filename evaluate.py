@@ -10,7 +10,8 @@ figure is their mean, and metrics.json keeps each judge's own, for the intervals
 
 Reads   RUN/samples.npy, sample_labels.npy, sample.args.json, train.args.json; of several guidances
         every samples_cfg*.npy
-        --samples            instead: a .npy, .npz (arr_0 or images) or folder of pictures
+        --samples            instead: a .npy, .npz (arr_0 or images), or a folder or .zip of
+                             pictures, which are read as data.py reads them
         DATA/                its statistics are cached as DATA/stats_<encoder>.npz (mu, sigma, n)
 Writes  RUN/metrics.json     every figure under its encoder, with the protocol; of further guidances
         RUN/metrics_cfg*.json
@@ -691,15 +692,15 @@ class Run:
 
 
 def read_samples(path):
-    """(images uint8 (n, H, W, C), labels (n,) or None) of a .npy, .npz or folder of pictures.
+    """(images uint8 (n, H, W, C), labels (n,) or None) of a .npy, .npz, folder or .zip of pictures.
 
     An .npz holds arr_0 or images, and may hold arr_1 or labels; labels of RUN/samples.npy lie
     beside it.
     """
     path = Path(path)
     labels = None
-    if path.is_dir():
-        images = read_folder(path)
+    if path.is_dir() or path.suffix.lower() == ".zip":
+        images = read_pictures(path)
     elif path.suffix.lower() == ".npz":
         what = "an .npz with arr_0 or images, uint8 (n, H, W, C),"
         z = common.load_npz(path, ("arr_0", "arr_1", "images", "labels"), what)
@@ -721,33 +722,53 @@ def read_samples(path):
     return images, labels
 
 
-def pictures(folder):
-    """Files of a kind that Pillow knows in a folder, at any depth, sorted."""
-    from PIL import Image
-    known = Image.registered_extensions()
-    return sorted(file for file in folder.rglob("*")
-                  if file.suffix.lower() in known and not file.name.startswith("."))
+def pictures(place):
+    """{name: what read_image opens} of the images in a folder, at any depth, or in a .zip; sorted.
+
+    By the same rules as data.py: hidden files and those of the system are none, links are followed.
+    """
+    listing = common.list_zip(place) if place.is_file() else common.list_folder(place)
+    names = sorted(filter(common.is_image, listing.files), key=lambda name: name.split("/"))
+    need(names, f"{place}: no picture in it or below it; give the folder, .zip, .npy or .npz that "
+         "holds the samples")
+    return {name: listing.files[name] for name in names}
 
 
-def read_folder(folder):
-    from PIL import Image
-    files = pictures(folder)
-    need(files, f"{folder}: no picture in it or below it; give the folder, .npy or .npz that holds "
-         "the samples")
+def read_pictures(place):
+    """uint8 (n, H, W, C) of the images in a folder or .zip, as data.py would read them."""
+    files = list(pictures(place).values())
     # The first picture says how large all of them are.
     images = None
-    for k, file in enumerate(common.progress(files, desc=str(folder))):
-        with common.reading(file, "picture", "remove or replace it"):
-            with common.no_bombs(), Image.open(file) as picture:
-                if picture.mode[0] in "IF":
-                    raise ValueError(f"mode {picture.mode}: more than 8 bits a channel")
-                x = np.asarray(picture if picture.mode == "L" else picture.convert("RGB"))
+    all_grey = True
+    extent = None
+    for k, file in enumerate(common.progress(files, desc=str(place))):
+        with common.reading(file, "picture", "remove or replace it"), common.no_bombs():
+            picture = common.read_image(file)
+        x = picture.pixels                                             # (h, w, 3)
         if images is None:
             images = np.empty((len(files), *x.shape), np.uint8)
-        need(x.shape == images.shape[1:], f"{file}: shape {x.shape}, but {files[0].name} has "
-             f"{images.shape[1:]}; bring all samples to one size")
+        need(x.shape == images.shape[1:], f"{file}: {x.shape[1]}x{x.shape[0]} pixels, but the "
+             f"first has {images.shape[2]}x{images.shape[1]}; bring all samples to one size")
         images[k] = x
-    return images if images.ndim == 4 else images[..., None]
+        all_grey &= picture.grey
+        extent = common.wider(extent, picture.extent)
+        need(extent is None or 0 <= extent[0] <= extent[1] <= 65535,
+             f"{file}: its values run beyond 0..65535; save the samples with 8 bits")
+    need(extent is None or extent[1] >= 32768, f"{place}: stored with 16 bits, but no value is "
+         "above the lower half, so all would be almost black; save the samples with 8 bits")
+    return images[..., :1] if all_grey else images
+
+
+def with_channels(images, channels):
+    """Samples (n, H, W, C) with the data set's channels, where they are grey in one of both."""
+    if images.shape[3] == 1 and channels == 3:
+        return np.repeat(images, 3, axis=3)
+    if images.shape[3] == 3 and channels == 1:
+        first = images[..., :1]
+        # Other programs store grey pictures in three equal channels.
+        if all((images[k:k + 1024] == first[k:k + 1024]).all() for k in range(0, len(first), 1024)):
+            return first
+    return images
 
 
 def read_statistics(path, width=None):
@@ -816,6 +837,8 @@ def open_run(out, file, samples, data, args):
          "more with sample.py")
     # An encoder without a size of its own was made for the data set's.
     size = None if data.images is None else data.images.shape[1:]
+    if size:
+        images = with_channels(images, size[2])
     for name in args.encoder:
         need(size in (None, images.shape[1:]) or encoders.ENCODERS[name].size,
              f"{samples}: samples of {images.shape[1:]}, but {data.info['name']} has {size}, and "
@@ -825,11 +848,12 @@ def open_run(out, file, samples, data, args):
         common.log(f"note: {samples}: labels outside the data set's {data.num_classes} classes "
                    "(drawn without class?): nothing is measured per class")
         labels = None
-    if samples.is_file():
+    if samples.is_file() and samples.suffix.lower() != ".zip":
         form = "uint8 arrays"
         digest = common.sha256(samples)
     else:
-        form = " and ".join(sorted({file.suffix.lower() for file in pictures(samples)})) + " files"
+        form = " and ".join(sorted({Path(name).suffix.lower()
+                                  for name in pictures(samples)})) + " files"
         digest = array_hash(images)
     return Run(out, file, False, True, images, labels, drawn, form, digest)
 
@@ -1019,7 +1043,7 @@ def parse_args(argv=None):
                    help="data folder: the reference is its full training set")
     p.add_argument("--runs", nargs="+", metavar="RUN",
                    help="run folders; the first on the full set is the audit's baseline")
-    p.add_argument("--samples", help="instead: a .npy, .npz or folder of pictures from anywhere")
+    p.add_argument("--samples", help="instead: a .npy, .npz, or folder or .zip of pictures")
     p.add_argument("--out", help="with --samples: folder to write to")
     p.add_argument("--encoder", nargs="+", default=["scratch"], choices=encoders.ENCODERS,
                    help="the judge, or several; the first does the audit")

@@ -1112,7 +1112,8 @@ def look(t, name):
 
 def label_of(t, name):
     """The run's name, which says so where its points stand at the seconds of training alone."""
-    return f"{name} (preparation unknown)" if prepared(t[name]) is None else name
+    shown = common.plain(name)
+    return f"{shown} (preparation unknown)" if prepared(t[name]) is None else shown
 
 
 def frontier(runs, t, judge, path):
@@ -1213,8 +1214,9 @@ def per_class(runs, t, judge, path, most=20):
     for k, (name, figures) in enumerate(seeds.items()):
         height = np.mean([figure["fd"][:shown] for figure in figures], axis=0)       # (shown,)
         shift = (k - len(seeds) / 2 + 0.5) * width
-        ax.bar(place + shift, height, width, label=name, color=look(t, name)["color"],
-               hatch=HATCHES[k % len(HATCHES)], edgecolor="white", lw=0.3)
+        ax.bar(place + shift, height, width, label=common.plain(name),
+               color=look(t, name)["color"], hatch=HATCHES[k % len(HATCHES)], edgecolor="white",
+               lw=0.3)
     ax.hlines(real["real"][:shown], place - 0.45, place + 0.45, color="k", lw=1.8,
               label="real images")
     some = f" (the first {shown} of {K})" if K > shown else ""

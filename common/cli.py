@@ -1,18 +1,17 @@
 """The command line: a parser with one-line errors, range-checked types, and what main() ends in."""
 import argparse
-import contextlib
 import math
 import os
 import re
-import signal
 import sys
 import traceback
 from pathlib import Path
 
 import torch
 
-from common.errors import UserError, machine_errors
+from common.errors import UserError, machine_errors, show_everything
 from common.processes import dist_timeout, rank, world
+from common.signals import INTERRUPTED, Stopped, say_stopped, stoppable
 
 
 # ----------------------------------------------------------------------------------------- flags
@@ -37,7 +36,18 @@ class Parser(argparse.ArgumentParser):
             if word == "" or (word.startswith("--") and word.endswith("=")):
                 what = word or before or "an argument"
                 self.error(f"{what}: is empty; give a value or leave it out")
-        return super().parse_known_args(args, namespace)
+        return super().parse_known_args([at_home(word) for word in args], namespace)
+
+
+def at_home(word):
+    """An argument in which ~ is the home folder where a shell left it: --out=~/x, "~/x"."""
+    flag, mark, value = "", "", word
+    if word.startswith("--"):
+        flag, mark, value = word.partition("=")
+    # Somebody else's home, ~name, is left to the shell.
+    if value == "~" or value.startswith("~/"):
+        value = os.path.expanduser(value)
+    return flag + mark + value
 
 
 def number(kind=float, low=-math.inf, high=math.inf, above=-math.inf):
@@ -90,43 +100,36 @@ def add_list_flag(parser, **choices):
 
 
 # ---------------------------------------------------------------------------------------- the end
-@contextlib.contextmanager
-def terminated():
-    """SIGTERM ends the process with 143; in a thread signals are somebody else's."""
-    try:
-        # 128 + 15, what a shell shows for a process that SIGTERM ended.
-        old = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    except ValueError:
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, old)
-
-
 def run_command(main, argv=None):
-    """main(argv); a user's mistake, a full disk and SIGTERM end in one line and an exit code."""
+    """main(argv); a user's mistake, a full disk and signals end in one line and an exit code."""
     script = Path(sys.modules[main.__module__].__file__).name
-    where = f" [rank {rank()} of {world()}]" if world() > 1 else ""
+    several = False
+    where = ""
+    show_everything()
     try:
-        with terminated(), machine_errors():
+        # A mistake in torchrun's variables is the user's, too.
+        several = world() > 1
+        if several:
+            where = f" [rank {rank()} of {world()}]"
+        with stoppable(), machine_errors():
             result = main(argv)
-        if world() > 1 and torch.distributed.is_initialized():
+        if several and torch.distributed.is_initialized():
             # Without this a process that ends first aborts now and then.
             torch.distributed.destroy_process_group()
         return result
     except UserError as e:
         print(f"{script}: error: {' '.join(str(e).split())}{where}", file=sys.stderr)
         code = 2
-    except KeyboardInterrupt:
-        code = 130
+    except (KeyboardInterrupt, Stopped) as e:
+        if not where or where.startswith(" [rank 0"):
+            say_stopped(script, e)
+        code = e.code if isinstance(e, Stopped) else INTERRUPTED
     except (Exception, SystemExit) as e:
         # A bug keeps its traceback.
-        if world() == 1:
+        if not several:
             raise
         code = failed_rank(e, script, where)
-    if world() > 1:
+    if several:
         # A rank that fails must not leave the others waiting.
         sys.stdout.flush()
         sys.stderr.flush()

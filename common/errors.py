@@ -2,6 +2,7 @@
 import contextlib
 import errno
 import re
+import sys
 
 # Errors of the system that the user can mend while the last complete files stay intact.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -75,3 +76,11 @@ def machine_errors():
             raise
         raise UserError(f"not enough memory ({str(e)[:160]}); use a smaller batch, image size or "
                         "network, or another device") from e
+
+
+def show_everything():
+    """Class names in any script are printed on a terminal of ASCII, too: escaped."""
+    for stream in (sys.stdout, sys.stderr):
+        # A notebook or a test may have put something else there.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")

@@ -1,5 +1,9 @@
 """Pictures: grids of images and plots, drawn without a screen and saved whole or not at all."""
 import contextlib
+import functools
+import os
+import re
+import sys
 import warnings
 
 import numpy as np
@@ -7,17 +11,27 @@ import numpy as np
 from common.files import atomic
 
 
-@contextlib.contextmanager
-def no_bombs():
-    """Pillow only warns of pictures up to twice its limit of pixels: here that is an error too.
+# Pillow's own limit, from which on it warns.
+MAX_PIXELS = 2**28 // 3
 
-    Its other warnings are silent.
+
+@contextlib.contextmanager
+def no_bombs(most=None):
+    """Pictures of more than `most` pixels (default: Pillow's limit) are an error in the block.
+
+    Pillow itself only warns up to twice its limit. Its other warnings are silent.
     """
     from PIL import Image
+    before = Image.MAX_IMAGE_PIXELS
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        yield
+        if most:
+            Image.MAX_IMAGE_PIXELS = most
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
 
 
 def save_grid(path, images, pad=1, least=48):
@@ -73,7 +87,7 @@ def save_montage(path, tiles, row_names, group_names, title):
         left = g * stride + j * (w + 1)
         canvas[top:top + h, left:left + w] = tiles[r, g, j]
     fig = figure(12, 1.2 + 12 * canvas.shape[0] / canvas.shape[1])
-    ax = fig.add_subplot(title=title)
+    ax = fig.add_subplot(title=plain(title))
     ax.imshow(canvas, interpolation="nearest")
     ax.set_xticks(stride * np.arange(G) + group / 2, group_names)
     ax.set_yticks((h + 1) * np.arange(R) + h / 2, row_names)
@@ -98,15 +112,51 @@ def cut_montage(path, data, scores, keep, tie, title):
         return best[:m][:5], best[max(0, m - 3):m + 2], best[m:][-5:]
 
     tiles = class_tiles(data, groups_of, 5)
-    names = [data.classes[c] for c in shown_classes(data.num_classes)]
+    names = [plain(data.classes[c]) for c in shown_classes(data.num_classes)]
     below = ["highest kept", "border: last 3 kept, first 2 dropped", "lowest dropped"]
     save_montage(path, tiles, names, below, title)
 
 
 def figure(width, height):
     """A matplotlib figure that needs no screen and leaves nothing behind, unlike pyplot's."""
+    if "matplotlib" not in sys.modules:
+        # A notebook names a backend of its own, which this environment may lack.
+        os.environ["MPLBACKEND"] = "Agg"
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    return Figure(figsize=(width, height), layout="constrained")
+    fig = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(fig)
+    return fig
+
+
+@functools.lru_cache
+def glyph_fonts():
+    """{name: the characters it draws} of matplotlib's own font and of those for far scripts."""
+    from matplotlib import font_manager, ft2font, rcParams
+    # Of each of these that is installed; the list is of names, for looking into all takes seconds.
+    wanted = re.compile("Noto Sans (CJK|SC|JP|KR)|WenQuanYi|SimHei|Microsoft YaHei|PingFang|Hiragino|"
+                        "Source Han Sans|Droid Sans Fallback|Arial Unicode|IPAGothic|Nanum|Unifont")
+    own = rcParams["font.sans-serif"][:1]
+    files = {name: font_manager.findfont(name) for name in own}
+    files.update({f.name: f.fname for f in font_manager.fontManager.ttflist
+                  if wanted.match(f.name)})
+    return {name: set(ft2font.FT2Font(file).get_charmap()) for name, file in files.items()}
+
+
+def plain(name):
+    """A class name as matplotlib can draw it: no formula between dollars, no boxes.
+
+    A character that no font here has becomes its number, as in \\u732b.
+    """
+    from matplotlib import rcParams
+    text = name.replace("$", r"\$")
+    if name.isascii():
+        return text
+    fonts = glyph_fonts()
+    # The first is matplotlib's own; what it lacks is looked for in the others.
+    rcParams["font.family"] = list(fonts)
+    known = set().union(*fonts.values())
+    return "".join(c if ord(c) in known else c.encode("unicode_escape").decode() for c in text)
 
 
 def save_figure(path, fig, dpi=100):
@@ -129,14 +179,14 @@ def class_histograms(path, data, values, keep, title, width, height, cut=False):
     across = min(4, len(shown))
     down = -(-len(shown) // across)
     fig = figure(width, height * down + 0.6)
-    fig.suptitle(title)
+    fig.suptitle(plain(title))
     for place, c in enumerate(shown, 1):
         ax = fig.add_subplot(down, across, place)
         mine = values[data.labels == c]                                  # (n_c,)
         taken = values[keep[data.labels[keep] == c]]                     # (m_c,)
         finite = np.isfinite(mine)
         ax.hist(mine[finite], bins=40, color="C0" if cut else "C7")
-        label = f"{data.classes[c]}: {len(taken)} of {len(mine)}"
+        label = f"{plain(data.classes[c])}: {len(taken)} of {len(mine)}"
         if cut:
             ax.axvline(taken.min(), color="C3")
             label += " kept"
@@ -155,6 +205,7 @@ def save_weights(path, names, history, w, low, high, mean, holm, overall, burn_i
     """
     K = len(names)
     fig = figure(14, 4)
+    names = [plain(name) for name in names]
     left, middle, right = fig.subplots(1, 3)
     steps = np.arange(0, len(history), max(1, len(history) // 1000))
     lines = left.plot(steps + 1, history[steps], lw=1)

@@ -1,4 +1,5 @@
 """One process or many (torchrun): who we are, where we meet, and what is printed only once."""
+import contextlib
 import datetime
 import os
 import sys
@@ -16,18 +17,28 @@ _meeting = None                  # the process group of CPU sockets over which P
 # torchrun sets these variables; a plain `python train.py` is one process, and needs no group.
 def world():
     """The number of processes."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return from_environment("WORLD_SIZE", 1)
 
 
 def rank():
     """The place of this process among them, from 0."""
-    return int(os.environ.get("RANK", 0))
+    return from_environment("RANK", 0)
+
+
+def from_environment(name, default):
+    """The whole number in an environment variable."""
+    text = os.environ.get(name, "") or str(default)
+    need(text.isdecimal() and int(text) >= min(default, 1),
+         f"{name}={text}: must be a whole number of at least {min(default, 1)}; correct or unset it")
+    return int(text)
 
 
 def log(*parts):
     """Print on rank 0, at once."""
     if rank() == 0:
-        print(*parts, flush=True)
+        # A terminal that is closed must not end a training that was started to outlive it.
+        with contextlib.suppress(OSError):
+            print(*parts, flush=True)
 
 
 def progress(iterable=None, **kw):
@@ -51,7 +62,7 @@ def get_device(name="auto"):
     if device.type == "cuda":
         index = device.index or 0
         if world() > 1:
-            index = int(os.environ.get("LOCAL_RANK", 0))
+            index = from_environment("LOCAL_RANK", 0)
         count = torch.cuda.device_count()
         need(index < count, f"--device {name}: this machine shows {count} CUDA devices; use "
                             "--device cpu or fewer processes")
@@ -68,6 +79,9 @@ def get_device(name="auto"):
 def join(device):
     """Join the process group (NCCL between GPUs, else gloo), and gloo beside it to meet in."""
     global _meeting
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    need(not missing, f"WORLD_SIZE={world()} is set, but {' and '.join(missing)} is not; start with "
+                      "torchrun, which sets all of them, or unset WORLD_SIZE")
     backend = "nccl" if device.type == "cuda" else "gloo"
     torch.distributed.init_process_group(backend, timeout=dist_timeout())
     # Over sockets also beside NCCL: for Python values, and so that rank 0 may take its time.
@@ -76,7 +90,7 @@ def join(device):
 
 def dist_timeout():
     """How long processes wait for each other: DIST_TIMEOUT seconds, 30 minutes by default."""
-    return datetime.timedelta(seconds=int(os.environ.get("DIST_TIMEOUT", 1800)))
+    return datetime.timedelta(seconds=from_environment("DIST_TIMEOUT", 1800))
 
 
 def single_process(script):

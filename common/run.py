@@ -1,4 +1,4 @@
-"""A training over many calls: its state, its bad steps, divergence, and SIGTERM."""
+"""A training over many calls: its state, its bad steps, divergence, and the signals that end it."""
 import contextlib
 import math
 import signal
@@ -9,6 +9,7 @@ import torch
 
 from common.files import load_pt
 from common.processes import all_reduce, log, progress, world
+from common.signals import code_of, listen, restore
 
 MAX_BAD_STEPS = 20              # steps in a row that are not finite before a run stops
 MAX_LOSS = 100.0                # a mean pixel loss that only a diverged network has
@@ -161,18 +162,25 @@ def divergence(run, loss, what="the loss"):
 
 
 class Stop:
-    """SIGTERM: the step is finished, the state is saved, and the process ends with 143."""
+    """A signal asks to end: the step is finished, the state saved, the exit code 143 (Ctrl-C 130).
+
+    Ctrl-C once more ends the process at once.
+    """
 
     def __init__(self):
         self.asked = 0
-        self.before = signal.signal(signal.SIGTERM, self._ask)
+        self.number = signal.SIGTERM
+        self.before = listen(self._ask)
 
-    def _ask(self, *_):
+    def _ask(self, number, _):
+        if number == signal.SIGINT and self.asked:
+            raise KeyboardInterrupt
         self.asked += 1
+        self.number = number
 
     def close(self):
-        """After the loop SIGTERM ends the process at once again."""
-        signal.signal(signal.SIGTERM, self.before)
+        """After the loop a signal ends the process at once again."""
+        restore(self.before)
 
     def asked_on_any_rank(self, done, last):
         """True on every rank once one was told to stop: all must leave after the same step.
@@ -186,6 +194,8 @@ class Stop:
 
     def leave(self, done):
         """Say so and end the process."""
-        log(f"stopped by SIGTERM at step {done}; run the same command again to go on")
-        sys.stdout.flush()
-        sys.exit(143)
+        name = signal.Signals(self.number).name
+        log(f"stopped by {name} at step {done}; run the same command again to go on")
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        sys.exit(code_of(self.number))

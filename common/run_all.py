@@ -16,8 +16,9 @@ import threading
 import time
 from pathlib import Path
 
-from common.errors import UserError, machine_errors, need
+from common.errors import UserError, machine_errors, need, show_everything
 from common.plan import Command, Comparison, check_choices, choices_of, integer
+from common.signals import ENDS, code_of, listen
 
 
 # --------------------------------------------------------------------------------------- the check
@@ -65,20 +66,21 @@ class Runner:
 
     def __init__(self, comparison):
         self.comparison = comparison
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-        signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+        listen(lambda number, _: sys.exit(code_of(number)))
 
     def call(self, argv, quiet=False):
         """A Python command as a process of its own; if it fails, everything ends with its code."""
         output = subprocess.DEVNULL if quiet else None
+        # A signal while it starts would find nobody to pass it on to.
+        signal.pthread_sigmask(signal.SIG_BLOCK, ENDS)
         child = subprocess.Popen([sys.executable, *argv], stdout=output,
                                  preexec_fn=deaf_to_interrupts)
         try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDS)
             code = child.wait()
         except SystemExit:
             # We were told to stop: the stage saves and ends, and no second signal cuts that short.
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            listen(signal.SIG_IGN)
             child.terminate()
             child.wait()
             raise
@@ -141,6 +143,7 @@ def without_checkpoints(runs):
 def deaf_to_interrupts():
     """A terminal sends Ctrl-C to everybody in it: the stages hear of it from us, as SIGTERM."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDS)
 
 
 def newer(file, other):
@@ -189,6 +192,10 @@ def compare(what, source, check):
 
 def main(argv):
     """main(["digits", "digits"]); with --check before, only looks at what would be called."""
+    show_everything()
+    # torchrun passes the first four on by itself; USR1 would kill it and orphan its workers.
+    os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE",
+                          "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2")
     try:
         with machine_errors():
             compare(*argv[-2:], check=argv[0] == "--check")

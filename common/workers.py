@@ -11,14 +11,16 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
 from common.errors import UserError
-
-ENDS = (signal.SIGTERM, signal.SIGINT)
+from common.processes import log
+from common.signals import ENDS
 
 
 def start_worker():
     """Signals belong to the main process; a worker goes when its main process was killed."""
+    # A scheduler may signal every process of a job; what ends the main one is seen below.
+    for number in ENDS:
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDS)
     parent = os.getppid()
 
@@ -47,11 +49,19 @@ def open_pool(workers):
     else:
         # Fork: a fresh interpreter would import torch again in every worker.
         method = "fork" if sys.platform == "linux" else None
-        pool = ProcessPoolExecutor(workers, multiprocessing.get_context(method), start_worker)
+        try:
+            pool = ProcessPoolExecutor(workers, multiprocessing.get_context(method), start_worker)
+        except OSError as e:
+            # Processes share their locks through /dev/shm, which a container may not have.
+            log(f"note: no worker processes here ({e.strerror}; is /dev/shm there?): threads, "
+                "which are slower")
+            pool = ThreadPoolExecutor(workers)
     try:
         start(pool)
         yield pool
     except BrokenProcessPool as e:
+        # A signal to all of them may reach a worker first: then ours ends the call as it should.
+        time.sleep(0.2)
         raise UserError("a worker process was killed, most likely for want of memory; use fewer "
                         "--workers") from e
     finally:

@@ -41,6 +41,7 @@ import torch  # noqa: E402
 import torch._dynamo  # noqa: E402, F401 (every optimizer imports it)
 
 import attach, data, evaluate, prune, report, reweight, sample, train  # noqa: E401, E402, F401
+from common.sources import DIGIT_NAMES  # noqa: E402
 from conftest import copy_kit  # noqa: E402
 
 # (stage, its out folder, command): all paths relative, so that two folders hold the same records
@@ -194,7 +195,7 @@ def straight(folder):
     """The chain without interruption: {stage: (events, seconds, the files it made)}."""
     folder.mkdir(parents=True)
     with np.load(ROOT / "data/digits.npz") as z:                      # the first images of each split: the chain has to be short
-        np.savez(folder.parent / "some.npz", classes=data.DIGIT_NAMES,
+        np.savez(folder.parent / "some.npz", classes=DIGIT_NAMES,
                  **{k: z[k][:60 if "test" in k else 150] for k in z.files})
     facts = {}
     for stage, _, command in CHAIN:

@@ -623,7 +623,7 @@ for name, file, damage, words in (
         ("a folder with a smaller bomb", "pictures", png_bomb("pictures/a/0.png", 11_000), "pictures/a/0.png"),
         ("a folder with text as a picture", "pictures", put("pictures/a/0.png", "x"), "pictures/a/0.png"),
         ("a folder with float pictures", "pictures", lambda: Image.fromarray(np.ones((8, 8), F32)).save(fresh("pictures/a/0.tif")), "pictures/a/0.tif"),
-        ("a folder with 16 bits", "pictures", lambda: Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(fresh("pictures/a/0.png")), "pictures/a/0.png")):
+        ("a folder with 16 bits", "pictures", lambda: Image.fromarray(np.full((8, 8), 4_000, np.uint16)).save(fresh("pictures/a/0.png")), "16 bits")):
     case(f"samples given {name}", "evaluate", damage, f"{file}|{words}", "", SAM.format(file))
 case("num beyond the samples", "evaluate", nothing, "--num 13", "--num 13")
 case("num of one sample", "evaluate", nothing, "run/samples.npy", "--num 1")
@@ -708,9 +708,9 @@ for name, damage, words, more in (
         ("empty", put("pictures/a/2.png", b""), "pictures/a/2.png", ""),
         ("an array", swap("pictures/a/2.png", "data/images.npy"), "pictures/a/2.png", ""), ("pickled", bomb_raw("pictures/a/2.png"), "pictures/a/2.png", ""),
         ("of another size", lambda: Image.new("L", (4, 4)).save(fresh("pictures/b/1.png")), "pictures/b/1.png|--size", ""),
-        ("a bomb", png_bomb("pictures/a/2.png"), "pictures/a/2.png|Decompression", ""),
-        ("a smaller bomb", png_bomb("pictures/a/2.png", 11_000), "pictures/a/2.png|Decompression", "--size 8"),
-        ("the first a bomb", png_bomb("pictures/a/0.png"), "pictures/a/0.png|Decompression", ""),
+        ("a bomb", png_bomb("pictures/a/2.png"), "pictures/a/2.png|megapixels|--max-pixels", ""),
+        ("a smaller bomb", png_bomb("pictures/a/2.png", 11_000), "pictures/a/2.png|megapixels|--max-pixels", "--size 8"),
+        ("the first a bomb", png_bomb("pictures/a/0.png"), "pictures/a/0.png|megapixels|--max-pixels", ""),
         ("floats", lambda: Image.fromarray(np.ones((8, 8), F32)).save(fresh("pictures/a/2.tif")), "pictures/a/2.tif|float", ""),
         ("all bad", both(*(put(f"pictures/{'ab'[i % 2]}/{i}.png", "x") for i in range(6))), "pictures", ""),
         ("a class bad", both(*(put(f"pictures/a/{i}.png", "x") for i in (0, 2, 4))), "pictures|'a'", "--skip-bad"),
@@ -1015,7 +1015,7 @@ READ = {
     lambda p: common.load_indices(p, 27)),
     "load_pt": ("run/step_0000001.pt", common.load_pt), "open_checkpoint": ("run/step_0000001.pt", common.open_checkpoint),
     "load_json": ("data/dataset.json", lambda p: common.load_json(p, "x")), "load_record": ("prune/prune.args.json", common.load_record),
-    "read_npz": ("set.npz", data.read_npz), "read_samples": ("samples.npz", evaluate.read_samples), "read_samples of .npy": ("run/samples.npy",
+    "read_npz": ("set.npz", common.sources.read_npz), "read_samples": ("samples.npz", evaluate.read_samples), "read_samples of .npy": ("run/samples.npy",
     lambda p: np.array(evaluate.read_samples(p)[0])),
     "read_statistics": ("stats.npz", evaluate.read_statistics), "read_image": ("pictures/a/0.png", load_images_of), "read_folder": ("pictures/a/0.png",
     lambda p: evaluate.read_samples(Path(p).parent)),

@@ -129,7 +129,7 @@ def test_load_pt_never_runs_what_is_in_the_file(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------- the rooms
-ORDER = "errors processes workers cli files pictures stage rowfill origins inputs loop training run rows plan run_all".split()
+ORDER = "errors signals processes workers cli files pictures stage rowfill origins inputs pixels listing containers labels sources loop training run rows plan run_all".split()
 
 
 def imports_of(file):
@@ -215,6 +215,56 @@ def test_get_device_refuses_in_one_line():
         assert f"--device {name}" in line_of(common.get_device, name)
 
 
+# ---------------------------------------------------------------------------------------------- the environment
+def test_a_closed_terminal_does_not_end_the_work(capfd):
+    """What prints into nothing goes on; the log of a training is in its folder."""
+    code = "import os, sys, common; os.close(1); common.log('x' * 100000); common.log('y'); print('alive', file=sys.stderr); os._exit(0)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stderr == "alive\n"
+
+
+def test_names_of_any_script_on_a_terminal_of_ascii():
+    code = "import common\n@common.command\ndef main(argv=None):\n    common.log('\\u732b')\nmain()"
+    file = ["-c", code.replace("main()", "import sys; sys.modules['__main__'].__file__ = 'x.py'; main()")]
+    done = subprocess.run([sys.executable, *file], capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and done.stdout == "\\u732b\n", done
+
+
+@pytest.mark.parametrize("name, value, words", [
+    ("DIST_TIMEOUT", "abc", "DIST_TIMEOUT=abc: must be a whole number"), ("WORLD_SIZE", "two", "WORLD_SIZE=two"), ("WORLD_SIZE", "0", "WORLD_SIZE=0"),
+    ("RANK", "-1", "RANK=-1"), ("WORLD_SIZE", "2", "start with torchrun")])
+def test_launch_variables_that_make_no_sense_are_one_line(name, value, words, tmp_path, tiny_data):
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE")}
+    if name == "DIST_TIMEOUT":
+        env |= {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29411"}
+    command = [sys.executable, "prune.py", "--data", tiny_data, "--score", "random", "--keep", "0.5", "--device", "cpu", "--out", tmp_path / "o"]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=ROOT, env={**env, name: value})
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and words in done.stderr, done
+
+
+def test_no_shared_memory_for_locks_means_threads(monkeypatch, capsys):
+    """A container without /dev/shm: processes have no locks to share."""
+    import multiprocessing.synchronize
+
+    def broken(*a, **kw):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    monkeypatch.setattr(multiprocessing.synchronize, "SemLock", type("SemLock", (), {"__init__": broken}))
+    for kind in ("Lock", "BoundedSemaphore", "Semaphore"):
+        monkeypatch.setattr(multiprocessing.synchronize, kind, broken)
+    with common.open_pool(2) as pool:
+        assert [*common.work_ahead(pool, lambda k: k * k, range(9), 3)] == [k * k for k in range(9)]
+    assert "/dev/shm" in capsys.readouterr().out
+
+
+def test_home_where_the_shell_left_it(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    p = common.Parser("doc")
+    p.add_argument("--out")
+    p.add_argument("more", nargs="*")
+    args = p.parse_args(["--out=~/x", "~/y", "~", "a~/b", "~nosuch/z"])
+    assert args.out == f"{tmp_path}/x" and args.more == [f"{tmp_path}/y", str(tmp_path), "a~/b", "~nosuch/z"]
+
+
 # ---------------------------------------------------------------------------------------------- exit codes
 def test_command_turns_mistakes_into_one_line_and_the_right_code(capsys):
     def ends(error):
@@ -243,7 +293,7 @@ def test_command_turns_mistakes_into_one_line_and_the_right_code(capsys):
         time.sleep(5)
     with pytest.raises(SystemExit) as e:
         terminated()
-    assert e.value.code == 143
+    assert e.value.code == 143 and "stopped by SIGTERM; run the same command again" in capsys.readouterr().err
 
     @common.command
     def parsing(argv=None):
@@ -656,3 +706,78 @@ def test_what_the_network_library_says_is_not_lost(monkeypatch, capsys):
 def test_rank_0_may_take_its_time(stage_file, tmp_path):
     ranks = processes(2, stage_file, "patient", tmp_path / "out", DIST_TIMEOUT="2")
     assert [code for code, *_ in ranks] == [0, 0], ranks
+
+
+# ---------------------------------------------------------------------------------------------- names in pictures
+NAMES = ["$_$", "a$b", "$\\frac{", "100% \\alpha", "\u732b", "caf\u00e9", "\U0001f408", "plain_name"]
+
+
+def test_class_names_of_any_kind_are_drawn(tmp_path, recwarn):
+    """Dollars are no formula; what no font here has becomes its number, not a box, of which matplotlib would warn."""
+    from common import pictures
+    n = len(NAMES)
+    data = SimpleNamespace(classes=NAMES, num_classes=n, labels=np.arange(5 * n) % n, images=np.zeros((5 * n, 8, 8, 1), np.uint8))
+    values, keep = np.random.default_rng(0).random(5 * n), np.arange(2 * n)
+    pictures.class_histograms(tmp_path / "a.png", data, values, keep, "of $HOME", 12, 2.2)
+    pictures.cut_montage(tmp_path / "b.png", data, values, keep, values, "$_$")
+    history = np.full((3, n), 1 / n)
+    pictures.save_weights(tmp_path / "c.png", NAMES, history, *[np.ones(n)] * 4, 1)
+    assert all((tmp_path / f"{name}.png").stat().st_size > 1000 for name in "abc")
+    assert not [w for w in recwarn if "Glyph" in str(w.message)]
+    assert pictures.plain("$_$") == r"\$_\$" and pictures.plain("caf\u00e9") == "caf\u00e9" and pictures.plain("\U0010fffd") == r"\U0010fffd"
+
+
+def test_a_notebooks_backend_does_not_matter(tmp_path):
+    code = f"import common; fig = common.figure(2, 2); fig.add_subplot().plot([1, 2]); common.save_figure({str(tmp_path / 'a.png')!r}, fig)"
+    for backend in ("module://no_such_inline", "no such backend", "TkAgg"):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env={**os.environ, "MPLBACKEND": backend})
+        assert done.returncode == 0 and not done.stderr and (tmp_path / "a.png").stat().st_size > 500, done
+        (tmp_path / "a.png").unlink()
+
+
+# ---------------------------------------------------------------------------------------------- signals
+@pytest.mark.parametrize("name", "SIGTERM SIGHUP SIGUSR1 SIGUSR2 SIGXCPU SIGINT".split())
+def test_every_signal_that_asks_to_end_is_heard(name, tmp_path):
+    """Outside a loop: an extraction keeps the rows that are done, says what happened, and its code tells a scheduler to call again."""
+    (tmp_path / "go.py").write_text(f"""import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import numpy as np, common
+def compute(rows):
+    time.sleep(0.2)
+    return np.full((len(rows), 2), 7.0)
+@common.command
+def main(argv=None):
+    common.fill({str(tmp_path)!r}, "x", (40, 2), np.float32, 2, compute)
+main()
+""")
+    p = subprocess.Popen([sys.executable, tmp_path / "go.py"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                         preexec_fn=lambda: [signal.signal(s, signal.SIG_DFL) for s in (signal.SIGINT, signal.SIGHUP)])
+    flags = tmp_path / "x.done.npy"
+    end = time.time() + 60
+    while time.time() < end and not (flags.exists() and flags.stat().st_size and np.load(flags).sum() > 2):
+        time.sleep(0.05)
+    p.send_signal(getattr(signal, name))
+    _, err = p.communicate(timeout=30)
+    said = "Ctrl-C" if name == "SIGINT" else name
+    assert p.returncode == (130 if name == "SIGINT" else 143) and f"go.py: stopped by {said}; run the same command again" in err and "Traceback" not in err
+    done = np.load(flags) == 1
+    assert 2 < done.sum() < 40 and (np.load(tmp_path / "x.part.npy")[done] == 7).all()
+
+
+def test_what_is_ignored_stays_ignored():
+    """nohup ignores HUP and goes on when the terminal closes; a second signal does not cut short what the first tidies up."""
+    code = """import os, signal, sys
+from common.signals import listen, stoppable
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+with stoppable():
+    os.kill(os.getpid(), signal.SIGHUP)
+    print("on")
+    try:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        signal.pause()
+    finally:
+        os.kill(os.getpid(), signal.SIGTERM)
+        print("tidy", flush=True)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 143 and done.stdout == "on\ntidy\n", done

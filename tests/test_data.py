@@ -101,7 +101,7 @@ def test_adm_crop_equals_slow_version(height, width, size):
     scale = size / min(a.shape[:2])
     a = slow_resize(a, round(a.shape[0] * scale), round(a.shape[1] * scale), bicubic, 2.0)
     y, x = (a.shape[0] - size) // 2, (a.shape[1] - size) // 2
-    difference = np.abs(np.asarray(data.adm_crop(Image.fromarray(pixels), size), float) - a[y:y + size, x:x + size])
+    difference = np.abs(np.asarray(common.adm_crop(Image.fromarray(pixels), size), float) - a[y:y + size, x:x + size])
     assert difference.shape == (size, size, 3)
     assert difference.max() <= 1 and difference.mean() < 0.02         # Pillow sums in fixed point
 
@@ -120,7 +120,7 @@ def test_formats(tmp_path, suffix):
 def test_modes(tmp_path):
     def read(image, name="x.png", **kw):
         save(tmp_path / name, image, **kw)
-        return data.read_image(tmp_path / name)
+        return common.read_image(tmp_path / name)[:2]
     wide = np.array([[0, 128, 129, 257 * 7, 257 * 7 + 129, 65535]], np.uint16)
     pixels, grey = read(Image.fromarray(wide))
     assert grey and pixels[0, :, 0].tolist() == [0, 0, 1, 7, 8, 255]
@@ -164,7 +164,7 @@ def test_digits(tmp_path):
     known = sorted((*np.rint(x * 255 / 16).astype(int).ravel(), y) for x, y in zip(raw.images, raw.target))
     ours = sorted((*x.astype(int).ravel(), y) for x, y in [*zip(d.images, d.labels), *zip(d.test_images, d.test_labels)])
     assert known == ours                                              # every image once: the splits are disjoint and complete
-    assert data.DIGITS.stat().st_size < 100_000
+    assert common.DIGITS.stat().st_size < 100_000
     h = hashlib.sha256(b"(1500, 8, 8, 1)" + d.images.tobytes() + d.labels.astype("<i8").tobytes())
     assert d.info["sha256"] == h.hexdigest() == "87374d0d28ac64b09a50c1672a5d35ae935a0180742e382aaf468ac074a5ac7c"
     assert Image.open(tmp_path / "preview.png").size == (660, 660)
@@ -201,7 +201,7 @@ def test_workers_and_reruns_agree(tmp_path):
         run(tmp_path / "s", "--size", 7, "--workers", workers, "--out", tmp_path / f"o{workers}")
         sums.append([(tmp_path / f"o{workers}" / f).read_bytes() for f in ("images.npy", "labels.npy", "files.txt", "preview.png", "dataset.json")])
     assert sums[0] == sums[1]
-    first = np.asarray(data.adm_crop(Image.open(tmp_path / "s" / "c0" / "0.png"), 7))
+    first = np.asarray(common.adm_crop(Image.open(tmp_path / "s" / "c0" / "0.png"), 7))
     got = np.load(tmp_path / "o2" / "images.npy")
     assert got.shape == (300, 7, 7, 3) and (got[0] == first).all() and (first[..., 0] != first[..., 1]).any()
 
@@ -236,7 +236,7 @@ def test_npz(tmp_path):
     np.savez_compressed(tmp_path / "b.npz", rgb, np.array([0, 1, 0]))
     run(tmp_path / "b.npz", "--out", tmp_path / "b", "--size", 4)
     got = np.load(tmp_path / "b" / "images.npy")
-    assert got.shape == (3, 4, 4, 3) and (got[2] == np.asarray(data.adm_crop(Image.fromarray(np.ascontiguousarray(rgb[2])), 4))).all()
+    assert got.shape == (3, 4, 4, 3) and (got[2] == np.asarray(common.adm_crop(Image.fromarray(np.ascontiguousarray(rgb[2])), 4))).all()
     np.savez(tmp_path / "c.npz", images=x)
     run(tmp_path / "c.npz", "--out", tmp_path / "c", "--size", 3)
     d = common.open_data(tmp_path / "c")
@@ -296,13 +296,41 @@ def test_subset_and_as_folder(tmp_path):
     run("digits", "--indices", tmp_path / "keep.npy", "--out", tmp_path / "sub2")
     assert common.open_data(tmp_path / "sub2").info["sha256"] == sub.info["sha256"]
     run(tmp_path / "full", "--indices", tmp_path / "keep.npy", "--as-folder", "--out", tmp_path / "png")
-    first = tmp_path / "png" / "train" / full.classes[full.labels[keep[0]]] / f"{keep[0]:06d}.png"
+    first = tmp_path / "png" / full.classes[full.labels[keep[0]]] / f"{keep[0]:06d}.png"
     assert (np.asarray(Image.open(first)) == full.images[keep[0], :, :, 0]).all()
+    # Whoever reads the folder at any depth finds the kept images and nothing else.
+    assert sorted(p.name for p in (tmp_path / "png").rglob("*.png")) == [f"{i:06d}.png" for i in keep]
     assert not list((tmp_path / "png").rglob("*.npy"))
     run(tmp_path / "png", "--out", tmp_path / "back")                 # and back: grouped by class, otherwise the same
     back, order = common.open_data(tmp_path / "back"), np.argsort(sub.labels, kind="stable")
     assert back.classes == sub.classes and (back.images == sub.images[order]).all() and (back.labels == sub.labels[order]).all()
-    assert len(back.test_images) == 297
+    run("digits", "--as-folder", "--out", tmp_path / "all")
+    run(tmp_path / "all", "--out", tmp_path / "again")
+    assert len(common.open_data(tmp_path / "again").test_images) == 297
+
+
+def test_other_programs_read_an_export_with_our_labels_and_count(tmp_path, capsys):
+    """ImageFolder sorts folders by name, pytorch-fid's command looks at one folder alone: the three forms, read by both."""
+    from torchvision.datasets import ImageFolder
+    run("digits", "--out", tmp_path / "full")
+    full = common.open_data(tmp_path / "full")
+    keep = np.arange(0, 1500, 10)
+    np.save(tmp_path / "keep.npy", keep)
+    for form in ("names", "numbered", "flat"):
+        capsys.readouterr()
+        run(tmp_path / "full", "--indices", tmp_path / "keep.npy", "--as-folder", form, "--out", tmp_path / form)
+        text = capsys.readouterr().out
+        assert ("ImageFolder" in text) == (form == "names")           # there its label 0 is "eight"
+        assert len(list((tmp_path / form).rglob("*.png"))) == 150
+        if form == "flat":
+            continue
+        theirs = {int(Path(p).stem): label for p, label in ImageFolder(tmp_path / form).samples}
+        same = all(theirs[i] == full.labels[i] for i in keep)
+        assert same == (form == "numbered") and len(theirs) == 150
+    assert len(list((tmp_path / "flat").glob("*.png"))) == 150         # what pytorch-fid's command counts
+    run(tmp_path / "flat", "--out", tmp_path / "back")                 # labels.csv and classes.txt lead back
+    back = common.open_data(tmp_path / "back")
+    assert back.classes == full.classes and (back.labels == full.labels[keep]).all() and (back.images == full.images[keep]).all()
 
 
 def test_names_in_an_npz_cannot_leave_the_folder(tmp_path):
@@ -336,7 +364,7 @@ def test_a_call_killed_before_its_record_was_whole(folder, tmp_path, monkeypatch
     file.write_text(json.dumps({**json.loads(file.read_text()), "seconds": None}))
     before = {p.name: p.read_bytes() for p in (tmp_path / "o").iterdir() if p != file}
     with monkeypatch.context() as m:
-        m.setattr(data, "read_source", None)
+        m.setattr(common.sources, "read_source", None)
         run(folder, "--out", tmp_path / "o")
     assert before == {p.name: p.read_bytes() for p in (tmp_path / "o").iterdir() if p != file}
     assert json.loads(file.read_text())["seconds"] > 0
@@ -379,23 +407,23 @@ def until(condition, seconds=60):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-@pytest.mark.parametrize("what, code", [("worker", 2), (signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize("what, code", [("worker", 2), (signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9), (signal.SIGUSR1, 143), (signal.SIGHUP, 143)])
 def test_workers_end_with_the_call(what, code, tmp_path):
     """A killed worker, and signals to the call: one line, nothing left behind, and no orphan however it ends."""
     for i in range(1100):                                             # three batches
         save(tmp_path / "s" / f"{i}.bmp", noise(2, 2, 3))
-    (tmp_path / "go.py").write_text("import time, data\nreal = data.read_image\n"
-                                    "data.read_image = lambda *a: (time.sleep(0.01), real(*a))[1]\ndata.main()\n")
+    (tmp_path / "go.py").write_text("import time, data\nfrom common import pixels\nreal = pixels.read_image\n"
+                                    "pixels.read_image = lambda *a: (time.sleep(0.01), real(*a))[1]\ndata.main()\n")
     call = [sys.executable, tmp_path / "go.py", tmp_path / "s", "--size", "2", "--workers", "2", "--out", tmp_path / "o"]
     p = subprocess.Popen([*map(str, call)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-                         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))         # a shell ignores it for what it starts in the background
+                         preexec_fn=lambda: [signal.signal(s, signal.SIG_DFL) for s in (signal.SIGINT, signal.SIGHUP)])      # a shell ignores them in the background
     until(lambda: p.poll() is not None or len(children(p.pid)) == 2)
     workers = children(p.pid)
     time.sleep(0.5)
     if what == "worker":
         os.kill(workers[0], signal.SIGKILL)
-    elif what == signal.SIGINT:
-        os.killpg(p.pid, what)                                        # as a terminal does
+    elif what in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        os.killpg(p.pid, what)                                        # as a terminal and a scheduler do
     else:
         os.kill(p.pid, what)
     _, err = p.communicate(timeout=60)
@@ -458,10 +486,12 @@ def test_bad_folders(folder, tmp_path, capsys):
 
 
 def test_bombs(tmp_path, capsys, monkeypatch):
-    for limit in (60, 40):                                            # 64 pixels: above the limit, where Pillow only warns; nearly twice
-        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-        save(tmp_path / "s" / "big.png", noise(8, 8))
-        assert "big.png: unreadable image (DecompressionBomb" in fails(capsys, tmp_path / "o", tmp_path / "s", "--size", 4)
+    save(tmp_path / "s" / "big.png", noise(8, 8))
+    for limit in (63, 60, 31):                                        # 64 pixels: above the limit, where Pillow only warns, and twice
+        text = fails(capsys, tmp_path / "o", tmp_path / "s", "--size", 4, "--max-pixels", limit)
+        assert "big.png: 0 megapixels, beyond the limit of" in text and "--max-pixels 64" in text and "--skip-bad" in text
+    run(tmp_path / "s", "--size", 4, "--max-pixels", 64, "--out", tmp_path / "o64")
+    assert Image.MAX_IMAGE_PIXELS == 2**28 // 3                        # nobody else's limit has changed
     header = b"\x93NUMPY\x01\x00\x76\x00" + b"{'descr': '|u1', 'fortran_order': False, 'shape': (100000, 5000, 5000, 3), }".ljust(117) + b"\n"
     with zipfile.ZipFile(tmp_path / "liar.npz", "w") as z:
         z.writestr("images.npy", header + b"0" * 10)
@@ -523,7 +553,7 @@ def plain_latents(folder, names, size):
     import torch
     out = []
     for name in names:
-        pixels = np.asarray(data.adm_crop(Image.open(folder / name).convert("RGB"), size), np.float32)
+        pixels = np.asarray(common.adm_crop(Image.open(folder / name).convert("RGB"), size), np.float32)
         d = FakeKL().encode(torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1)[None]).latent_dist
         out.append(np.concatenate([d.mean[0].numpy(), d.std[0].numpy()]))
     return np.stack(out).astype(np.float16)
@@ -630,7 +660,7 @@ def test_mistakes_with_latents(pictures, tmp_path, fake_vae, monkeypatch, capsys
         save(tmp_path / "odd" / f"{name}.png", noise(height, 8, 3))
     with pytest.raises(SystemExit):
         run(tmp_path / "odd", "--vae", "x", only, "--device", "cpu", "--out", tmp_path / "odd_out")
-    assert "second.png: 8x10 pixels, but the first image has 8x8; give --size" in capsys.readouterr().err
+    assert "second.png: 8x10 pixels, and the images are of several sizes (8x8 1, 8x10 1); give --size" in capsys.readouterr().err
     whole = (pictures / "c2" / "20.png").read_bytes()
     (pictures / "c2" / "20.png").write_bytes(whole[:60])
     assert "20.png: unreadable" in later("--overwrite") and (tmp_path / "o" / "latents.part.npy").exists()
@@ -669,9 +699,9 @@ def importable(name):
 @pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_several_processes_encode_the_same(processes, pictures, tmp_path, fake_vae):
     """Uneven parts. With two, the other waits for rank 0 whatever it takes: here longer than DIST_TIMEOUT."""
-    (tmp_path / "go.py").write_text("import time, data, common, conftest\nconftest.use_fake_vae()\nreal = data.read_source\n"
+    (tmp_path / "go.py").write_text("import time, data, common, conftest\nconftest.use_fake_vae()\nreal = common.sources.read_source\n"
                                     f"def slow(args):\n    time.sleep({10 * (processes == 2)} * (common.rank() == 0))\n    return real(args)\n"
-                                    "data.read_source = slow\ndata.main()\n")
+                                    "common.sources.read_source = slow\ndata.main()\n")
     ranks = run_ranks(processes, tmp_path / "go.py", pictures, "--size", 8, "--vae", "a/vae", "--latents-only", "--device", "cpu", "--out", tmp_path / "o",
                       "--batch-size", 6, DIST_TIMEOUT="8" if processes == 2 else "600", PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
     assert [code for code, _, _ in ranks] == [0] * processes, ranks
@@ -710,7 +740,7 @@ def test_latents_of_the_real_format(pictures, real_vae, tmp_path, capsys):
     about = json.loads((tmp_path / "o" / "latents.json").read_text())
     assert z.shape == (23, 8, 8, 8) and about["scale"] == 0.3 and about["vae"] == str(folder.resolve())
     for row in (0, 7, 22):
-        pixels = np.asarray(data.adm_crop(Image.open(pictures / names[row]).convert("RGB"), 16), np.float32) / 127.5 - 1
+        pixels = np.asarray(common.adm_crop(Image.open(pictures / names[row]).convert("RGB"), 16), np.float32) / 127.5 - 1
         with torch.no_grad():
             d = net.encode(torch.from_numpy(pixels).permute(2, 0, 1)[None]).latent_dist
         np.testing.assert_allclose(z[row].astype(float), torch.cat([d.mean, d.std], 1)[0].numpy(), rtol=2e-3, atol=1e-4)

@@ -12,7 +12,9 @@ import torch
 from PIL import Image
 
 import common
+import data
 import evaluate
+import odd_files as odd
 import sample
 import train
 from conftest import processes
@@ -215,7 +217,7 @@ def test_colour_pictures_and_webp(tmp_path):
         Image.fromarray(x[i]).save(tmp_path / name, **({"lossless": True} if "web" in name.lower() else {}), format=Path(name).suffix[1:].upper())
     got, labels = evaluate.read_samples(tmp_path)
     assert labels is None and got.shape == x.shape and sorted(got.sum((1, 2, 3))) == sorted(x.sum((1, 2, 3)))
-    assert {".png", ".webp", ".bmp"} == {f.suffix.lower() for f in evaluate.pictures(tmp_path)}
+    assert {".png", ".webp", ".bmp"} == {Path(f).suffix.lower() for f in evaluate.pictures(tmp_path)}
 
 
 # ---------------------------------------------------------------------------------------------- several judges, several guidances
@@ -322,6 +324,33 @@ def test_reference_statistics_of_others(world, names):
     assert e["fd"] == pytest.approx(direct(features(world, np.load(world / "small" / "samples.npy"), "pixels"), z), rel=1e-3) and e["reference"].endswith("ref.npz")
     assert e["fd"] != before["encoders"]["pixels"]["fd"] and e["reference_n"] is None
     assert e["fd_subset"] == pytest.approx(direct(features(world, everything[np.load(world / "keep.npy")], "pixels"), z), rel=1e-3)    # the same reference
+
+
+def test_pictures_are_read_as_data_py_reads_them(tmp_path):
+    """One reader: what makes a data folder and what judges a folder of samples see the same pixels, whatever the files are like."""
+    pixels = odd.noisy(tmp_path / "s" / "a.png", 0, (8, 12))
+    odd.jpeg_turned(tmp_path / "s" / "b.jpg", np.rot90(pixels).copy(), 6)
+    clear = np.dstack([pixels, np.random.default_rng(1).integers(0, 256, (12, 8), dtype=np.uint8)])
+    Image.fromarray(clear).save(tmp_path / "s" / "c.png")
+    odd.noisy(tmp_path / "s" / "d.png", 2, (8, 12), channels=1)
+    odd.png_grey16(tmp_path / "s" / "e.png", np.random.default_rng(3).integers(0, 65536, (12, 8)))
+    odd.tree(tmp_path / "s" / ".ipynb_checkpoints", ["x.png", "y.png"], (8, 12))
+    odd.tree(tmp_path / "s" / "@eaDir", ["x.png"], (8, 12))
+    odd.noisy(tmp_path / "elsewhere" / "z.png", 9, (8, 12))
+    (tmp_path / "s" / "link").symlink_to(tmp_path / "elsewhere")
+    images, labels = evaluate.read_samples(tmp_path / "s")
+    data.main([str(tmp_path / "s"), "--labels-from", "none", "--workers", "1", "--out", str(tmp_path / "d")])
+    assert labels is None and np.array_equal(images, np.load(tmp_path / "d" / "images.npy")) and len(images) == 6
+    assert (images[0] == pixels).all() and np.abs(images[1].astype(int) - pixels).mean() < 40
+    share = clear[..., 3:] / 255
+    assert np.abs(images[2] - (share * pixels + (1 - share) * 255)).max() <= 1
+    odd.zipped(tmp_path / "s.zip", tmp_path / "elsewhere")
+    assert np.array_equal(evaluate.read_samples(tmp_path / "s.zip")[0], images[5:])
+    grey = odd.tree(tmp_path / "g", ["1.png"]).parent / "g2"
+    Image.fromarray(np.dstack([images[3][..., 0]] * 3)).save(odd.fresh(grey / "1.png"))       # grey in three equal channels
+    three = evaluate.read_samples(grey)[0]
+    assert three.shape[3] == 3 and evaluate.with_channels(three, 1).shape[3] == 1 and evaluate.with_channels(three[..., :1], 3).shape[3] == 3
+    assert evaluate.with_channels(images, 1).shape[3] == 3            # colour stays colour, and is refused
 
 
 def test_a_data_folder_that_cannot_be_written_costs_the_cache_only(world, monkeypatch, capsys):
@@ -667,7 +696,7 @@ def test_bad_samples(world, capsys):
     (bad / "empty" / "broken.png").write_bytes(b"\x89PNG not")
     refused(capsys, lambda: outside(world, bad / "empty"), "broken.png", "not a readable picture", absent=nothing)
     Image.fromarray(np.zeros((9, 9), np.uint8)).save(bad / "empty" / "broken.png")
-    refused(capsys, lambda: outside(world, bad / "empty"), "broken.png", "(9, 9)", absent=nothing)
+    refused(capsys, lambda: outside(world, bad / "empty"), "broken.png", "9x9", absent=nothing)
     (world / "small" / "samples.npy").unlink()
     refused(capsys, lambda: run(world), "small/samples.npy", "sample.py", absent=nothing)
 

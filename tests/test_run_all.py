@@ -277,11 +277,11 @@ def test_imagenet_keeps_the_pixels_of_a_run_in_the_run(stub):
     assert [flag(c, "--images") for c in got if c.startswith("attach.py") and "--images" in c] == [flag(c, "--out") for c in pixels]
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 143), (signal.SIGUSR1, 143), (signal.SIGUSR2, 143)])
 def test_a_signal_to_run_all_reaches_the_stage(number, code, stub):
     there, env = stub
     p = subprocess.Popen(["bash", "run_all.sh"], cwd=there, env=env | {"SLOW": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))         # a shell ignores it for what it starts in the background
+                         preexec_fn=lambda: [signal.signal(s, signal.SIG_DFL) for s in (signal.SIGINT, signal.SIGHUP)])      # a shell ignores them in the background
     for _ in range(200):
         if (there / "calls.txt").exists():
             break

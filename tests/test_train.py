@@ -169,20 +169,25 @@ def test_overwrite_starts_again(tiny_data, tmp_path):
     assert {p.name for p in (tmp_path / "a").iterdir()} == {p.name for p in (tmp_path / "b").iterdir()}       # neither step_0000004.pt of the first run nor what was drawn from it
 
 
-def test_sigterm_saves_and_exits_143(tiny_data, tmp_path):
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGINT"])
+def test_a_signal_saves_and_exits_143(name, tiny_data, tmp_path):
+    """SLURM warns by USR1, a closed terminal by HUP, a person by Ctrl-C (130)."""
     out = tmp_path / "a"
     p = subprocess.Popen([sys.executable, ROOT / "train.py", *argv(tiny_data, out, steps=100_000, checkpoint_every=0, log_every=1)],
-                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                         preexec_fn=lambda: [signal.signal(s, signal.SIG_DFL) for s in (signal.SIGINT, signal.SIGHUP)])
     end = time.time() + 60
     while time.time() < end and not ((out / "stats.jsonl").exists() and len((out / "stats.jsonl").read_text().splitlines()) >= 3):
         time.sleep(0.02)
     done = len((out / "stats.jsonl").read_text().splitlines())
     start = time.time()
-    p.send_signal(signal.SIGTERM)
+    p.send_signal(getattr(signal, name))
     text, err = p.communicate(timeout=60)
-    assert p.returncode == 143 and "stopped by SIGTERM" in text and "Traceback" not in err and time.time() - start < 20
+    assert p.returncode == (130 if name == "SIGINT" else 143) and f"stopped by {name}" in text and "Traceback" not in err and time.time() - start < 20
     step = common.load_pt(out / "last.pt")["step"]
     assert step >= done and stats(out)[-1]["step"] == step and not [f for f in out.iterdir() if f.name.startswith(".")]
+    if name != "SIGTERM":
+        return
     resumed = run(tiny_data, out, steps=step + 2, checkpoint_every=0, log_every=1)
     assert same_state(run(tiny_data, tmp_path / "b", steps=step + 2, checkpoint_every=0, log_every=1), resumed)
     assert stats(out) == stats(tmp_path / "b")
