@@ -21,7 +21,7 @@ ROOMS = {
     "inputs": "open_data check_classes rows_by_class load_features load_scores "
               "check_origin load_indices open_kept_images text_tokens load_checkpoint "
               "open_checkpoint open_scorer open_encoder open_judges networks_in",
-    "loop": "AMP autocast generator random_scores fast_float32 share_out step_draws lr_at "
+    "loop": "AMP autocast generator random_scores fast_float32 share_out Draws step_draws lr_at "
             "optimizer_of backward optimizer_step",
     "training": "training_source need_even_batch load_kept load_class_weights load_text "
                 "load_visual need_same need_trained_on inherit_flags",

@@ -100,8 +100,8 @@ class MDT(nn.Module):
                              "choose another --model or size")
         half, odd = divmod(depth - decode, 2)
         if odd or half < 1:
-            raise ValueError(f"{depth} blocks, {decode} of which decode: the rest must be two equal "
-                             "halves of the encoder")
+            raise ValueError(f"{depth} blocks, {decode} of which decode: the others must be two "
+                             "equal halves of the encoder")
         self.size = size
         self.channels = channels
         self.num_classes = num_classes
@@ -170,7 +170,7 @@ class MDT(nn.Module):
         return x
 
     def fill_in(self, x, c, kept):
-        """The side interpolater: encoded x (n, T', D) of the kept tokens -> all tokens (n, T, D)."""
+        """The side interpolater: encoded kept tokens x (n, T', D) -> all tokens (n, T, D)."""
         places = kept[..., None].expand(-1, -1, x.shape[2])       # (n, T', D)
         q = self.mask_token.to(x.dtype).repeat(len(x), len(self.rel), 1)
         q = q.scatter(1, places, x) + self.decoder_pos_embed      # (n, T, D)

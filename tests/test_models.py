@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn as nn
 
-from models.build import MODELS, Network, build, from_checkpoint, has_dropout, init_from, text_of
+from models.build import MODELS, Network, build, from_checkpoint, init_from, knows, text_of
 from models.conditioning import ConditionEmbedder
 from models.diffusion import DDPM, Flow, make_process
 from models.official import official_checkpoint, reverse_time
@@ -573,10 +573,10 @@ def test_every_network_keeps_to_the_written_interface(settings):
 
 
 def test_which_networks_have_dropout():
-    assert {name: has_dropout(name) for name in MODELS} == {name: name.startswith("unet") for name in MODELS}
+    assert {name: knows(name, "dropout") for name in MODELS} == {name: name.startswith("unet") for name in MODELS}
     for name in ("unet-tiny", "SiT-T/2"):
         model = build({**SIT, "model": name, "dropout": 0.25})
-        assert any(isinstance(m, nn.Dropout) and m.p == 0.25 for m in model.modules()) == has_dropout(name)
+        assert any(isinstance(m, nn.Dropout) and m.p == 0.25 for m in model.modules()) == knows(name, "dropout")
 
 
 def test_options_of_another_network_are_passed_over():
