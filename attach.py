@@ -330,13 +330,14 @@ def outputs_of(args):
 def parse_args(argv=None):
     from models.conditioning import PROMPT
     from models.encoders import ENCODERS, describe
+    from models.official import OFFICIAL
     judges = ("none", *ENCODERS)
     visuals = ("none", *(name for name, spec in ENCODERS.items() if spec.tokens))
     p = common.Parser(__doc__, epilog=f"encoders:\n{describe()}")
     p.add_argument("--data", type=Path, required=True, help="data folder of stage 0")
     p.add_argument("--out", type=Path, required=True, help="output folder")
     p.add_argument("--reference", type=Path, help="diffusion model that scores; also ddae's")
-    p.add_argument("--official", choices=("dit", "sit"),
+    p.add_argument("--official", choices=OFFICIAL,
                    help="--reference holds official weights of this kind: names and shapes are the "
                         "same, but DiT predicts noise and SiT a velocity in reversed time")
     p.add_argument("--difficulty", type=Path, help="difficulty.npy (N,) instead of scoring")

@@ -538,7 +538,7 @@ def trajectory(run, refs, args):
     # A prefix of balanced labels is balanced.
     y = run.drawn[:args.trajectory_num]
     n = len(y)
-    key = {"settings": {name: run.sampling[name] for name in DRAWN_WITH},
+    key = {"settings": drawn_with(run.sampling),
            "labels": array_hash(y), "n": n, "data": ref.data.info["sha256"],
            "identity": identity,
            "checkpoints": {file.name: common.sha256(file) for file in run.checkpoints}}
@@ -858,6 +858,14 @@ def open_run(out, file, samples, data, args):
     return Run(out, file, False, True, images, labels, drawn, form, digest)
 
 
+def drawn_with(args):
+    """What says how samples were drawn; the power of guidance only where it has one."""
+    drawn = {key: args[key] for key in DRAWN_WITH}
+    if args.get("cfg_power") is not None:
+        drawn["cfg_power"] = args["cfg_power"]
+    return drawn
+
+
 def read_sampling(run, cfg, data, folder):
     """How the samples of one guidance were drawn, where sample.py says it."""
     record = common.record_of(run.out, "sample")
@@ -869,7 +877,7 @@ def read_sampling(run, cfg, data, folder):
          f"{run.out}: was trained on {record.get('data')}, but --data {folder} is "
          f"{data.info['name']}; evaluate on its own data set")
     run.sampling = {**record["args"], "cfg": cfg}
-    run.protocol = {key: run.sampling[key] for key in DRAWN_WITH}
+    run.protocol = drawn_with(run.sampling)
     run.protocol |= {"checkpoint_step": record.get("step"), "weights": "EMA",
                      "sample_seconds": record["seconds"]}
 

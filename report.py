@@ -65,8 +65,9 @@ DRO = (("pruned-dro", "pruned", "DRO reweighting", "the same images unweighted")
        ("pruned-dro-resample", "pruned-dro", "DRO resampling", "DRO weights in the loss"),
        ("pruned-dro", "pruned-dro-permuted", "DRO reweighting", "the weights of other classes"))
 TRAINED_WITH = ("model", "process", "predict", "batch_size", "lr", "schedule", "warmup", "ema",
-                "label_drop", "dropout", "class_std", "grad_clip", "align", "flips", "amp")
-DRAWN_WITH = ("sampler", "steps", "cfg", "cfg_interval", "labels")
+                "label_drop", "dropout", "class_std", "grad_clip", "align", "flips", "amp",
+                "mask_ratio", "min_snr", "optimizer", "betas", "lora")
+DRAWN_WITH = ("sampler", "steps", "cfg", "cfg_interval", "cfg_power", "labels")
 SEED = re.compile(r"-seed\d+$")                            # the end of a folder's name
 WITHIN = 0.05                # how near to the full run's last distance counts as reached
 NUMBER = (int, float)
@@ -1492,9 +1493,10 @@ def protocol(run, e):
         figures = (f"precision/recall k={e.get('precision_k')}, density/coverage "
                    f"k={e.get('density_k')}, n={e.get('neighbours_n')}; KID subsets of "
                    f"{e['kid']['subset_size']}. ")
+    power = "" if drawn("cfg_power") is None else f" with power {drawn('cfg_power'):g}"
     versions = ", ".join(f"{name} {value}" for name, value in run.metrics["provenance"].items())
     return ["## Protocol", "",
-            f"Sampler {drawn('sampler')}, {drawn('steps')} steps, guidance {drawn('cfg')} on t in "
+            f"Sampler {drawn('sampler')}, {drawn('steps')} steps, guidance {drawn('cfg')}{power} on t in "
             f"{drawn('cfg_interval')}, labels {drawn('labels')}, seed {drawn('seed')}, "
             f"{drawn('weights')} weights, amp {drawn('amp')}; encoder {e['identity']}; {figures}"
             f"Training: {args['model']}, {args['process']}, batch {args['batch_size']}, lr "

@@ -49,8 +49,9 @@ FROM_REFERENCE = dict(steps=int, batch_size=int, lr=(int, float), amp=str, warmu
 PUBLISHED = dict(batch_size=256, lr=1e-4, amp="none", warmup=0, schedule="constant", grad_clip=0.0,
                  flips=False)
 # What the proxy has in common with the reference: what it predicts, and of which images.
-SETTINGS = ("process predict size channels num_classes class_std text_shape learn_sigma depth "
-            "recompute latents latent_scale vae classes data data_sha256").split()
+SETTINGS = ("process predict betas size channels num_classes class_std text_shape learn_sigma "
+            "depth decode recompute latents latent_scale vae classes data data_sha256 "
+            "optimizer").split()
 
 
 # ---------------------------------------------------------------------------- formulas
@@ -117,7 +118,8 @@ def train_proxy(args, inputs, stage, device):
     mine = slice(*common.shard(B))                   # this rank's part of a batch
     reference = inputs.reference.to(device, memory_format=torch.channels_last)
     proxy = inputs.proxy.to(device, memory_format=torch.channels_last).train()
-    optimizer, scaler = common.optimizer_of(proxy, args.lr, device, args.amp)
+    optimizer, scaler = common.optimizer_of(proxy, args.lr, device, args.amp,
+                                            inputs.settings.get("optimizer"))
     lam = torch.zeros(K, dtype=torch.float64, device=device)
     log_a = lam - math.log(K)                        # (K,)
     # There is no moving average: both names hold the same tensors.
@@ -312,7 +314,7 @@ def load_proxy(args, inputs, known):
     from models.build import build, text_of
     settings = {name: known[name] for name in SETTINGS if name in known}
     if args.proxy_model != known["model"]:
-        settings.pop("depth", None)
+        settings = {k: v for k, v in settings.items() if k not in ("depth", "decode")}
     inputs.settings = settings = {**settings, "model": args.proxy_model, "dropout": 0.0}
     with torch.random.fork_rng(devices=[]), common.user_errors():
         # Not the initial weights of a reference with the same --seed.
@@ -331,11 +333,12 @@ def load_proxy(args, inputs, known):
 # ---------------------------------------------------------------------------- command line
 def parse_args(argv=None):
     from models.build import MODELS
+    from models.official import OFFICIAL
     p = common.Parser(__doc__)
     p.add_argument("--data", required=True, help="data folder made by data.py")
     p.add_argument("--indices", help="keep.npy: weigh the classes of these images only")
     p.add_argument("--reference", required=True, help="checkpoint of train.py, or official weights")
-    p.add_argument("--official", choices=("dit", "sit"),
+    p.add_argument("--official", choices=OFFICIAL,
                    help="--reference holds such weights, their classes in the folder's order")
     p.add_argument("--out", required=True, help="folder to write to")
     p.add_argument("--steps", type=common.count, help="of the proxy; default: the reference's")

@@ -5,8 +5,9 @@ interrupted call stopped. A model of latents draws latents, which the VAE that m
 (pip install diffusers).
 
 Reads   CHECKPOINT         last.pt or step_*.pt of train.py, with the settings of its network. Or,
-                           with --official dit|sit, the published weights (Peebles & Xie 2023; Ma et
-                           al. 2024), whose learned sigma is not used: see --variance
+                           with --official dit|sit|mdt|repa, the published weights (Peebles & Xie
+                           2023; Ma et al. 2024; Gao et al. 2023; Yu et al. 2025), whose learned
+                           sigma is not used: see --variance
 Writes  OUT/samples.npy    uint8 (n, H, W, C);  OUT/sample_labels.npy int64 (n,);  OUT/grid.png
         OUT/samples.npz    with --npz: arr_0 and arr_1, the form of ADM's evaluator
         With several --cfg each set is named by its guidance: samples_cfg1.5.npy, grid_cfg1.5.png.
@@ -29,6 +30,7 @@ import torch
 
 import common
 from models.diffusion import SAMPLERS, sample_images, to_uint8
+from models.official import OFFICIAL
 
 # Sampler and steps where the flags are left out.
 DEFAULT_SAMPLER = {"ddpm": ("ddim", 50), "flow": ("heun", 25)}
@@ -43,7 +45,7 @@ def draw_samples(args, inputs, cfg, out, device):
     """OUT/samples.npy of one guidance, by every process its part. Returns a memory map of it."""
     model = inputs.model.to(device, memory_format=torch.channels_last)
     how = dict(sampler=args.sampler, steps=args.steps, cfg=cfg, eta=args.eta,
-               cfg_interval=args.cfg_interval, variance=args.variance)
+               cfg_interval=args.cfg_interval, cfg_power=args.cfg_power, variance=args.variance)
     name = inputs.names[cfg]
     common.log(f"writing {math.prod(inputs.shape) / 2**20:,.1f} MB of samples into "
                f"{out / name}.npy")
@@ -192,7 +194,7 @@ def open_vae(args, settings, device):
 def parse_args(argv=None):
     p = common.Parser(__doc__)
     p.add_argument("--checkpoint", required=True, help="of train.py, or official weights")
-    p.add_argument("--official", choices=("dit", "sit"),
+    p.add_argument("--official", choices=OFFICIAL,
                    help="the checkpoint holds official weights of this kind")
     p.add_argument("--vae", help="decoder of a model of latents, an AutoencoderKL of diffusers by "
                                  "name or folder; default: its data's")
@@ -208,6 +210,8 @@ def parse_args(argv=None):
                         "first is the one that pictures and audit are of")
     p.add_argument("--cfg-interval", type=common.number(low=0, high=1), nargs=2, default=(0.0, 1.0),
                    metavar=("LO", "HI"), help="times (0 data, 1 noise) where guidance acts")
+    p.add_argument("--cfg-power", type=common.number(above=0, high=100), metavar="S",
+                   help="guidance grows from 1 at noise to --cfg at data, as MDT's does with 4")
     p.add_argument("--eta", type=common.number(low=0, high=1), default=0.0,
                    help="ddim: 0 deterministic, 1 as random as DDPM")
     p.add_argument("--variance", choices=("beta", "beta-tilde"), default="beta",

@@ -9,6 +9,7 @@ Reads   DATA/                  a data folder of data.py (images.npy or latents.n
         --indices keep.npy     int64 (M,), train on these images only (prune.py, attach.py)
         --weights weights.npy  float32 (K,), class weights (reweight.py), to multiply or to draw by
         --attach DIR           text.npy, visual.npy: conditions and alignment targets (attach.py)
+        --init CKPT            whose EMA is the start, or official weights (--official)
 Writes  OUT/last.pt, step_*.pt (EMA only), stats.jsonl, loss.png, samples_*.png, train.args.json
 
     python train.py --data data/digits --preset digits --out runs/digits/full
@@ -19,6 +20,11 @@ To resume, or to go on for more --steps, run the same command again.
 --predict v suits a DDPM that will be sampled in few steps (Salimans & Ho 2022). --class-std 1 suits
 runs of a few hundred steps, too few for class embeddings that start at 0.02 to come apart. With
 --recompute a network trains whose batch would exceed the memory, a third slower.
+
+An MDT (Gao et al. 2023, arXiv 2303.14389, version 2) takes two passes a step and sums their losses:
+a full one, and one whose encoder sees 1 - r of the tokens, r in [--mask-ratio, --mask-ratio + 0.2].
+They have a curve each, "diffusion" and "masked". The masked one is far higher, and that is no
+fault: a network that predicts nothing scores 1 in each.
 """
 import argparse
 import contextlib
@@ -33,14 +39,16 @@ import torch
 import torch.nn as nn
 
 import common
-from models.build import MODELS, build, has_dropout, init_from
+from models.build import MODELS, build, init_from, knows
 from models.conditioning import (Projector, alignment_loss, drop_labels, match_grid,
                                  mean_token_cosine)
-from models.diffusion import diffusion_loss, generate, make_process, to_uint8
+from models.diffusion import (SCALED_LINEAR, diffusion_loss, generate, make_process, snr_weight,
+                              to_uint8)
+from models.official import OFFICIAL
 from models.vae import check_latents
 
-# The published recipe of each scale: DDPM's for CIFAR-10, SiT's for ImageNet; digits is this kit's
-# own. A flag overrides.
+# The published recipe of each scale: DDPM's for CIFAR-10, SiT's for ImageNet, that of the public
+# script for MDTv2; digits is this kit's own. A flag overrides.
 PRESETS = {
     "digits": dict(
         model="SiT-T/2", process="flow", steps=800, batch_size=128, lr=6e-3, schedule="cosine",
@@ -52,7 +60,12 @@ PRESETS = {
         model="SiT-XL/2", process="flow", steps=40_000, batch_size=256, lr=1e-4,
         schedule="constant", warmup=0, ema=0.9999, class_std=0.02, flips=False, amp="bf16",
         checkpoint_every=10_000),
+    "mdt": dict(
+        model="MDT-S/2", process="ddpm", steps=400_000, batch_size=256, lr=5e-4,
+        schedule="constant", warmup=0, ema=0.9999, class_std=0.02, flips=False, amp="bf16",
+        checkpoint_every=50_000, optimizer="adan", min_snr=5.0, mask_ratio=0.3),
 }
+MASK_SPREAD = 0.2       # the masked share of a step lies within [mask_ratio, mask_ratio + this]
 # What a run leaves, which a run that begins anew removes ...
 WRITES = ("last.pt", "step_*.pt", "samples_*.png", "stats.jsonl", "loss.png")
 # ... with what other stages made of its weights, or it would pass for the new run's.
@@ -70,11 +83,19 @@ class Objective(nn.Module):
         self.process = process
         self.projector = projector
 
-    def forward(self, x, u, eps, y, v=None):
-        """Diffusion loss (n,), and alignment loss (n,) or None, of x, eps (n, C, H, W), u, y (n,).
+    def forward(self, x, u, eps, y, v=None, second=None):
+        """Diffusion loss (n,), alignment loss and masked loss (n,) or None, of x, eps (n, C, H, W).
 
-        v (n, T, d): visual tokens to which those after the network's token layer are aligned.
+        u, y (n,). v (n, T, d): visual tokens to which those after the network's token layer are
+        aligned. second: (eps, y, kept tokens (n, T')) of the masked pass at the same x and u.
         """
+        loss, align = self.full(x, u, eps, y, v)
+        masked = None
+        if second is not None:
+            masked = self.masked(x, u, *second)
+        return loss, align, masked
+
+    def full(self, x, u, eps, y, v):
         if self.projector is None:
             return diffusion_loss(self.process, self.model, x, u, eps, y), None
         after = self.model.token_layer
@@ -83,16 +104,40 @@ class Objective(nn.Module):
         projected = self.projector(tokens)                            # (n, T', d)
         return loss, alignment_loss(projected, match_grid(v, tokens.shape[1]))
 
+    def masked(self, x, u, eps, y, kept):
+        """The loss (n,) over all tokens, hidden ones too, of a pass that encodes the kept ones."""
+        return diffusion_loss(self.process, self.model, x, u, eps, y, kept=kept)
 
-def total_loss(diffusion, align, weight, lam):
+
+def total_loss(diffusion, align, weight, lam, masked=None):
     """L = mean(w_y L_diff) + lambda mean(L_proj)   (2409.19128, III-B; D2C, section 3.3).
 
-    diffusion (n,); align (n,) or None; weight (n,), the class weight of each sample.
+    diffusion (n,); align (n,) or None; weight (n,), the class weight of each sample, by its
+    Min-SNR weight where there is one. masked (n,): the second loss of MDT, as heavy as the first.
     """
     loss = (weight * diffusion).mean()               # (), the only mean over samples
+    if masked is not None:
+        loss = loss + (weight * masked).mean()
     if align is not None:
         loss = loss + lam * align.mean()
     return loss
+
+
+def mask_draws(seed, step, u, shape, tokens, ratio):
+    """Everything random of the masked pass of step n, for the whole global batch at times u (B,).
+
+    Noise and label dropout of its own, and kept (B, T') int64, an own random choice of the tokens
+    for each sample. One share for the whole batch, 1 - r of the tokens with r uniform in [ratio,
+    ratio + MASK_SPREAD], drawn on the CPU: no length waits for the device, and ranks agree. Streams
+    of their own: those of step_draws are the same with and without masks.
+    """
+    r = ratio + MASK_SPREAD * torch.rand((), generator=common.generator(seed, "ratio", step)).item()
+    count = max(1, int(tokens * (1 - r)))
+    g = common.generator(seed, "mask", step, device=u.device)
+    eps = torch.randn(len(u), *shape, generator=g, device=u.device)
+    drop = torch.rand(len(u), generator=g, device=u.device)
+    kept = torch.rand(len(u), tokens, generator=g, device=u.device).argsort(1)[:, :count]
+    return common.Draws(u, eps, drop, kept=kept)
 
 
 @torch.no_grad()
@@ -229,23 +274,25 @@ class Log:
         self.reset()
 
     def reset(self):
-        self.sums = torch.zeros(22, dtype=torch.float64, device=self.device)
+        self.sums = torch.zeros(24, dtype=torch.float64, device=self.device)
         self.loss = self.sums[:10]                   # by time, in ten bins
         self.count = self.sums[10:20]
-        self.align = self.sums[20:]                  # sum, count
+        self.others = {"align": self.sums[20:22], "masked": self.sums[22:]}     # sum, count
         self.norm = torch.zeros(2, dtype=torch.float64, device=self.device)     # sum, count
 
-    def add_losses(self, u, loss, align):
-        """u, loss (n,), align (n,) or None: those of a part of a batch."""
+    def add_losses(self, u, loss, align, masked=None):
+        """u, loss (n,), align and masked (n,) or None: those of a part of a batch."""
         bins = (u * 10).long().clamp(0, 9)           # (n,)
         # A step that is left out must not spoil the mean of the others.
         finite = loss.detach().isfinite()
         # Float64: a sum of many float32 losses would lose the last ones.
         self.loss.index_add_(0, bins, torch.where(finite, loss.detach(), 0).double())
         self.count.index_add_(0, bins, finite.double())
-        if align is not None:
-            self.align[0] += torch.nan_to_num(align.detach()).sum().double()
-            self.align[1] += len(align)
+        for name, other in (("align", align), ("masked", masked)):
+            if other is not None:
+                sums = self.others[name]
+                sums[0] += torch.nan_to_num(other.detach()).sum().double()
+                sums[1] += len(other)
 
     def add_norm(self, norm):
         """A step was made: it counts as bad where its gradient norm is not finite."""
@@ -265,8 +312,9 @@ class Log:
         counts = self.count.tolist()                 # (10,)
         row = {"step": run.step, "diffusion": sum(losses) / max(sum(counts), 1),
                "loss_t": [loss / max(n, 1) for loss, n in zip(losses, counts)]}
-        if self.align[1] > 0:
-            row["align"] = (self.align[0] / self.align[1]).item()
+        for name, (total, n) in self.others.items():
+            if n > 0:
+                row[name] = (total / n).item()
         # Gradient norm and steps are the same on every rank.
         row["grad_norm"] = (self.norm[0] / self.norm[1].clamp(min=1)).item()
         row.update(lr=lr, images=run.images(), epoch=run.images() / kept,
@@ -303,7 +351,7 @@ def train(args, inputs, stage, device):
     # The moving average is of the network alone: sampling needs no projector.
     params = list(net.model.parameters())
     ema_params = list(ema.parameters())
-    optimizer, scaler = common.optimizer_of(net, args.lr, device, args.amp)
+    optimizer, scaler = common.optimizer_of(net, args.lr, device, args.amp, args.optimizer)
     parts = {"model": net.model, "ema": ema, "projector": net.projector, "optimizer": optimizer,
              "scaler": scaler}
     run = common.Run(stage.out, parts, settings, args, device)
@@ -314,7 +362,7 @@ def train(args, inputs, stage, device):
     log = Log(run, device)
     class_weight = inputs.class_weight.to(device)                     # (K,), ones without --weights
     constant = describe(args, inputs, run, feed, device)
-    wrapped = common.share_out(torch.compile(net) if args.compile else net, device)
+    wrapped = common.share_out(compiled(net) if args.compile else net, device)
     micro = args.batch_size // (common.world() * args.accumulate)     # rows in the network at once
     stop = common.Stop()
     run.start()
@@ -326,6 +374,10 @@ def train(args, inputs, stage, device):
     for step in range(run.step, args.steps):
         lr = common.lr_at(step, args.lr, args.warmup, args.schedule, args.steps)
         draws = common.step_draws(args.seed, "step", step, args.batch_size, shape, device, latents)
+        hide = None
+        if args.mask_ratio:
+            hide = mask_draws(args.seed, step, draws.u, shape, net.model.grid**2, args.mask_ratio)
+            hide = hide[feed.mine]
         draws = draws[feed.mine]                     # the same of this rank's rows
         share = feed.share(step)                     # this rank's rows; reads ahead
         seed_dropout(args.seed, step)
@@ -336,12 +388,21 @@ def train(args, inputs, stage, device):
             x, y, v = feed.batch(share, part, d)     # mirrored together with its tokens
             # Per sample; the text goes with its label. The weight below is still that of the class.
             y_in = drop_labels(y, args.label_drop, settings["num_classes"], d.drop)
+            weight = class_weight[y]                 # (n,)
+            if args.min_snr:
+                weight = weight * snr_weight(net.process, d.u, args.min_snr)
+            second = None
+            if hide is not None:
+                m = hide[part]
+                y_m = drop_labels(y, args.label_drop, settings["num_classes"], m.drop)
+                second = (m.eps, y_m, m.kept)
             with sync_when(wrapped, k == args.accumulate - 1):
                 with common.autocast(device, args.amp):
-                    diffusion, align = wrapped(x, d.u, d.eps, y_in, v)          # (n,), (n,) or None
-                loss = total_loss(diffusion, align, class_weight[y], args.align)
+                    # (n,), the others also None
+                    diffusion, align, masked = wrapped(x, d.u, d.eps, y_in, v, second)
+                loss = total_loss(diffusion, align, weight, args.align, masked)
                 common.backward(scaler, loss / args.accumulate)
-            log.add_losses(d.u, diffusion, align)
+            log.add_losses(d.u, diffusion, align, masked)
 
         norm = common.optimizer_step(optimizer, scaler, net, lr, args.grad_clip, args.amp)
         ema_update(ema_params, params, args.ema, step)
@@ -381,6 +442,15 @@ def save(run, ema, keep=False):
     common.save_pt(run.out / "last.pt", run.state())
 
 
+def compiled(net):
+    """The Objective under torch.compile; of an MDT the full pass only.
+
+    The masked pass has another number of tokens in every step, and would be compiled anew in each.
+    """
+    net.masked = torch.compiler.disable(net.masked)
+    return torch.compile(net)
+
+
 def sync_when(wrapped, last):
     """Several processes add up their gradients with the last part of a batch alone."""
     if common.world() > 1 and not last:
@@ -396,6 +466,9 @@ def describe(args, inputs, run, feed, device):
         common.log(f"note: {args.weights} averages {mean:.3f} over these images, not 1, and scales "
                    "the loss by that: was it made for another kept set?")
     run.describe(args.model, net.model, net.process, len(inputs.keep), device)
+    if args.mask_ratio:
+        common.log("two passes a step, full and masked, about 2.1 times the work of a DiT of this "
+                   "size (1.8 of XL); the masked loss lies far above the other, and that is right")
     if args.steps > run.step and not feed.images.resident:
         common.log("the images do not fit beside the network: they are read from disk ahead of "
                    "each step")
@@ -451,6 +524,9 @@ def loss_plot(stats, path, constant):
     # With an alignment loss, which is negative, the axis is left to matplotlib.
     left.set(xlabel="step", ylabel="loss, pixel mean", title="training loss")
     left.plot(steps, [row["diffusion"] for row in stats], label="diffusion loss")
+    if "masked" in stats[-1]:
+        left.plot(steps, [row["masked"] for row in stats], color="C2", label="masked pass")
+        left.legend()
     if "align" in stats[-1]:
         left.plot(steps, [row["align"] for row in stats], label="alignment loss (-cosine)")
         name = f"one constant vector ({-constant:.2f})"
@@ -543,24 +619,32 @@ def load_attachments(args, inputs):
 
 
 def fill_flags(args, data):
-    """What was left out takes the value of the preset, which the size of the images chooses."""
+    """What was left out takes the value of the preset, which network and size of images choose."""
     if args.preset is None:
         if data.latents is not None:
-            args.preset = "imagenet"
+            args.preset = "mdt" if (args.model or "").startswith("MDT") else "imagenet"
         elif data.images.shape[1] <= 16:
             args.preset = "digits"
         else:
             args.preset = "cifar10"
     for name, value in PRESETS[args.preset].items():
-        if getattr(args, name) is None:
+        # --model SiT-S/2 --preset mdt: a recipe without masks.
+        if getattr(args, name) is None and (name != "mask_ratio" or knows(args.model, name)):
             setattr(args, name, value)
+    if args.mask_ratio is None and knows(args.model, "mask_ratio"):
+        args.mask_ratio = PRESETS["mdt"]["mask_ratio"]
+    args.predict = args.predict or "eps"
 
 
 def check_flags(args, data):
     """Flags that contradict each other or the data, or that would do nothing, are refused."""
     need = common.need
-    need(args.dropout is None or has_dropout(args.model),
-         f"--dropout does nothing in {args.model}; leave it out")
+    for name in ("dropout", "mask_ratio"):
+        need(getattr(args, name) is None or knows(args.model, name),
+             f"--{name.replace('_', '-')} does nothing in {args.model}; leave it out")
+    for name in ("min_snr", "betas"):
+        need(getattr(args, name) is None or args.process == "ddpm",
+             f"--{name.replace('_', '-')} is for --process ddpm; leave it out")
     need(args.weights or args.reweight_mode == "loss",
          "--reweight-mode resample says how --weights are used; give --weights, or leave it out")
     common.need_even_batch(args.batch_size, args.accumulate)
@@ -594,21 +678,27 @@ def settings_of(args, inputs, channels, size):
     about = {}
     if latents:
         about = load_latents_note(data)
+    betas = list(SCALED_LINEAR) if args.betas == "scaled-linear" else None
     settings = dict(
         model=args.model, process=args.process,
         predict=args.predict if args.process == "ddpm" else "v", size=size, channels=channels,
         num_classes=data.num_classes, class_std=args.class_std,
         text_shape=None if inputs.text is None else list(inputs.text.shape[1:]),
-        dropout=args.dropout, recompute=args.recompute, latents=latents, classes=data.classes,
+        dropout=args.dropout, mask_ratio=args.mask_ratio, recompute=args.recompute,
+        betas=betas, latents=latents, classes=data.classes,
         data=data.info["name"], data_sha256=data.info["sha256"],
         latent_scale=about.get("scale"), vae=about.get("vae"))
     known = {}
     if inputs.init is not None and isinstance(inputs.init.get("args"), dict):
         known = inputs.init["args"]
     # Parts of an official network's shape.
-    settings.update({name: known[name] for name in ("learn_sigma", "depth") if name in known})
+    parts = ("learn_sigma", "depth", "decode")
+    settings.update({name: known[name] for name in parts if name in known})
     mine = {name: settings[name] for name in ("process", "predict", "latent_scale")
             if known.get(name) is not None}
+    if known:
+        # Those of earlier versions were all linear, and do not say so.
+        mine["betas"] = betas
     common.need_same(args.init, known, mine, "this run")
     return settings
 
@@ -627,7 +717,7 @@ def load_network(args, inputs):
     """inputs.net: the network with its start weights, the projector and the losses."""
     # The initial weights; everything later draws from (seed, step).
     torch.manual_seed(args.seed)
-    process = make_process(args.process, inputs.settings["predict"])
+    process = make_process(args.process, inputs.settings["predict"], inputs.settings["betas"])
     with common.user_errors():
         model = build(inputs.settings, inputs.text, inputs.mask)
         if inputs.init is not None:
@@ -670,10 +760,18 @@ def parse_args(argv=None):
                    help="recipe that fills the flags left out; default by image size")
     p.add_argument("--model", choices=MODELS, help="network")
     p.add_argument("--process", choices=("ddpm", "flow"), help="diffusion process")
-    p.add_argument("--predict", choices=("eps", "v"), default="eps",
-                   help="what a ddpm network predicts; v for few-step sampling (flow: always v)")
+    p.add_argument("--predict", choices=("eps", "v"),
+                   help="what a ddpm network predicts, default eps; v for few-step sampling (flow: "
+                        "always v)")
+    p.add_argument("--betas", choices=("linear", "scaled-linear"),
+                   help="noise of a ddpm; scaled-linear is Stable Diffusion's; default: linear")
+    p.add_argument("--min-snr", type=common.number(above=0, high=1e6), metavar="GAMMA",
+                   help="weigh the loss of a ddpm by min(SNR, GAMMA) / SNR; 5 is published")
+    p.add_argument("--mask-ratio", type=common.number(low=0, high=0.79),
+                   help="MDT: least share of hidden tokens in its second pass, 0 for none; "
+                        "default 0.3")
     p.add_argument("--init", help="checkpoint whose EMA is the start, or official weights")
-    p.add_argument("--official", choices=("dit", "sit"),
+    p.add_argument("--official", choices=OFFICIAL,
                    help="--init holds official weights of this kind; sets --model and --process")
     p.add_argument("--steps", type=common.number(int, low=0, high=2**40), help="optimizer steps")
     p.add_argument("--batch-size", type=common.batch_type,
@@ -681,7 +779,8 @@ def parse_args(argv=None):
     p.add_argument("--accumulate", type=common.count, default=1,
                    help="parts into which each process cuts its share of a batch")
     p.add_argument("--lr", type=common.number(above=0, high=1e6),
-                   help="learning rate of AdamW (weight decay 0)")
+                   help="learning rate (weight decay 0)")
+    p.add_argument("--optimizer", choices=("adamw", "adan"), help="default adamw; adan is MDT's")
     p.add_argument("--schedule", choices=("constant", "cosine"),
                    help="learning rate after the warm-up; a cosine run cannot be prolonged")
     p.add_argument("--warmup", type=common.number(int, low=0), help="steps of linear warm-up")
@@ -697,7 +796,8 @@ def parse_args(argv=None):
                    help="spread of the initial class embedding; 1 for short runs")
     p.add_argument("--amp", choices=common.AMP, help="precision of forward and backward pass")
     p.add_argument("--compile", action="store_true",
-                   help="torch.compile: minutes at the start, faster steps on a GPU")
+                   help="torch.compile, of an MDT its full pass: minutes at the start, faster "
+                        "steps on a GPU")
     p.add_argument("--recompute", action="store_true",
                    help="activation checkpointing: a third slower, far less memory")
     p.add_argument("--checkpoint-every", type=common.number(int, low=0),

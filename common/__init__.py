@@ -28,7 +28,7 @@ ROOMS = {
     "containers": "way_in",
     "labels": "arrange",
     "sources": "DIGITS kind_of read_source refuse_file open_pixels",
-    "loop": "AMP autocast generator random_scores fast_float32 share_out step_draws lr_at "
+    "loop": "AMP autocast generator random_scores fast_float32 share_out Draws step_draws lr_at "
             "optimizer_of backward optimizer_step",
     "training": "training_source need_even_batch load_kept load_class_weights load_text "
                 "load_visual need_same need_trained_on inherit_flags",

@@ -39,6 +39,7 @@ class Draws:
     drop: torch.Tensor = None                # (B,) label dropout
     flip: torch.Tensor = None                # (B,) bool, mirrored
     post: torch.Tensor = None                # (B, C, H, W) the draw of a latent
+    kept: torch.Tensor = None                # (B, T') tokens that a masked pass encodes
 
     def __getitem__(self, part):
         drawn = {name: x for name, x in vars(self).items() if x is not None}
@@ -96,14 +97,19 @@ def lr_at(step, lr, warmup, schedule, steps):
     return rate
 
 
-def optimizer_of(net, lr, device, amp):
+def optimizer_of(net, lr, device, amp, name=None):
     """AdamW without weight decay, and its scaler, which leaves out a step that is not finite.
 
     One path for every precision: the fused kernel does so without waiting for the device. Only
-    fp16 is scaled.
+    fp16 is scaled. name: 'adan' for MDT's optimizer, with which every step waits once.
     """
     params = [p for p in net.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
+    if name == "adan":
+        from models.adan import Adan
+        optimizer = Adan(params, lr=lr)
+    else:
+        optimizer = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.999), weight_decay=0.0,
+                                      fused=True)
     # A scale of 1 that never grows.
     scale = {"init_scale": 1.0, "growth_interval": 2**31 - 1}
     if amp == "fp16":

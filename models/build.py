@@ -8,7 +8,8 @@ from typing import NamedTuple, Protocol
 import torch
 
 from models.diffusion import make_process
-from models.official import official_weights
+from models.mdt import MDT, MDTS
+from models.official import MDT_MARK, official_weights
 from models.sit import SITS, SiT
 from models.unet import UNETS, UNet
 
@@ -49,6 +50,7 @@ class Row(NamedTuple):
 
 MODELS = {name: Row(UNet, sizes) for name, sizes in UNETS.items()}
 MODELS.update({name: Row(SiT, sizes) for name, sizes in SITS.items()})
+MODELS.update({name: Row(MDT, sizes) for name, sizes in MDTS.items()})
 
 
 def build(settings, text=None, mask=None):
@@ -56,9 +58,9 @@ def build(settings, text=None, mask=None):
 
     model (a name of MODELS), process, size, channels, num_classes; optionally class_std (spread of
     the class embedding), text_shape [L, d], recompute, and the options of the network: `dropout` of
-    a U-Net; `learn_sigma`, and `depth` where it is not that of the name, of a SiT. Those of another
-    network are passed over. text (K, L, d) and mask (K, L) fill the text tokens; without them a
-    network with text_shape starts with zeros.
+    a U-Net; `learn_sigma`, and `depth` where it is not that of the name, of a SiT; `decode` and
+    `mask_ratio` besides of an MDT. Those of another network are passed over. text (K, L, d) and
+    mask (K, L) fill the text tokens; without them a network with text_shape starts with zeros.
 
     Raises ValueError when the name is unknown or a size does not fit.
     """
@@ -82,9 +84,9 @@ def build(settings, text=None, mask=None):
     return network(settings["size"], settings["channels"], settings["num_classes"], **kwargs)
 
 
-def has_dropout(name):
-    """Whether the network of this name has dropout inside: whether the setting does anything."""
-    return "dropout" in MODELS[name].network.options
+def knows(name, option):
+    """Whether the network of this name has such an option: whether the setting does anything."""
+    return option in MODELS[name].network.options
 
 
 def text_of(model):
@@ -106,7 +108,8 @@ def from_checkpoint(state, ema=True):
     try:
         model = build(settings)
         weights = state["ema" if ema else "model"]
-        process = make_process(settings["process"], settings.get("predict", "eps"))
+        process = make_process(settings["process"], settings.get("predict", "eps"),
+                               settings.get("betas"))
     except (KeyError, TypeError, RuntimeError, MemoryError) as e:
         raise ValueError("a setting or part is missing or of the wrong kind "
                          f"({str(e)[:160]}); use another checkpoint") from e
@@ -138,9 +141,11 @@ def what_else(state):
     """What a dict is instead of a checkpoint of train.py, for an error; None when it is one."""
     if isinstance(state.get("args"), dict) and isinstance(state.get("ema"), dict):
         return None
-    if official_weights(state):
-        return ("not a checkpoint of train.py but official DiT/SiT weights, as it looks: say "
-                "which, where the script reads them, with --official dit or --official sit")
+    if weights := official_weights(state):
+        kind = "MDT" if MDT_MARK in weights else "DiT/SiT"
+        which = "--official mdt" if kind == "MDT" else "--official dit or --official sit"
+        return (f"not a checkpoint of train.py but official {kind} weights, as it looks: say "
+                f"which, where the script reads them, with {which}")
     return "not a checkpoint of train.py (no settings inside); give its last.pt or step_*.pt"
 
 

@@ -18,18 +18,28 @@ import math
 import torch
 
 
+# Where the two roots run from and to: "scaled-linear" is Stable Diffusion's (Rombach 2022).
+SCALED_LINEAR = (0.00085, 0.012)
+
+
 class DDPM:
     """T steps, beta linear 1e-4..0.02 (Ho 2020, section 4).
 
-    predict: 'eps', or 'v' (Salimans & Ho 2022).
+    predict: 'eps', or 'v' (Salimans & Ho 2022). scaled: (first, last) beta, with sqrt(beta) linear
+    between them, instead.
     """
 
     name = "ddpm"
 
-    def __init__(self, T=1000, predict="eps", beta=(1e-4, 0.02)):
+    def __init__(self, T=1000, predict="eps", beta=(1e-4, 0.02), scaled=None):
         self.T = T
         self.predict = predict
-        beta = torch.linspace(*beta, T, dtype=torch.float64)
+        if scaled is None:
+            beta = torch.linspace(*beta, T, dtype=torch.float64)
+        else:
+            first, last = scaled
+            roots = torch.linspace(first**0.5, last**0.5, T, dtype=torch.float64)
+            beta = roots**2
         self.abar = torch.cumprod(1 - beta, 0)  # (T,)
         self.tables = {}                        # {device: (2, T) of it}
 
@@ -97,14 +107,18 @@ class Flow:
         return eps - x
 
 
-def make_process(name, predict="eps"):
-    """The process of a checkpoint's settings."""
+def make_process(name, predict="eps", betas=None):
+    """The process of a checkpoint's settings. betas: [first, last] of a scaled-linear DDPM."""
     if name not in ("ddpm", "flow") or predict not in ("eps", "v"):
         raise ValueError(f"unknown process {name!r} predicting {predict!r}; known are ddpm (eps or "
                          "v) and flow (v)")
+    if betas is not None:
+        first, last = betas
+        if name == "flow" or not 0 < first <= last < 1:
+            raise ValueError(f"betas {betas} of a {name} process; only a ddpm has two, in (0, 1)")
     if name == "flow":
         return Flow()
-    return DDPM(predict=predict)
+    return DDPM(predict=predict, scaled=betas)
 
 
 def diffusion_loss(process, model, x, u, eps, y, **kwargs):
@@ -124,12 +138,37 @@ def diffusion_loss(process, model, x, u, eps, y, **kwargs):
     return loss, tokens
 
 
+def snr_weight(process, u, gamma):
+    """Min-SNR weight of the loss at u (n,): min(SNR, gamma) / SNR for eps (Hang et al. 2023, 3.4).
+
+    Divided by SNR + 1 where v is predicted: the v-loss is SNR + 1 times that of x_0. SNR = abar /
+    (1 - abar), of a ddpm. Returns float32 (n,) on the device of u, at most 1.
+    """
+    a, s = process.alpha_sigma_of(u, u)
+    snr = (a / s).square().flatten()              # (n,)
+    if process.predict == "v":
+        return snr.clamp(max=gamma) / (snr + 1)
+    return snr.clamp(max=gamma) / snr
+
+
 # ---------------------------------------------------------------- guidance
-def guided(model, process, y, cfg=1.0, interval=(0.0, 1.0)):
+def guidance_at(u, cfg, power=None):
+    """w at time u in [0, 1]: cfg, or with a power s growing from 1 at noise to cfg at data.
+
+    w(u) = 1 + (cfg - 1) (1 - cos(pi (1 - u)^s)) / 2, the power-cosine guidance of MDT (Gao et al.
+    2023, arXiv 2303.14389).
+    """
+    if power is None:
+        return cfg
+    return 1 + (cfg - 1) * (1 - math.cos(math.pi * (1 - u) ** power)) / 2
+
+
+def guided(model, process, y, cfg=1.0, interval=(0.0, 1.0), power=None):
     """f(x, t) for the samplers: v = v_null + w (v_cond - v_null) on ALL channels.
 
-    Ho & Salimans 2022, within an interval of u in [0, 1] (Kynkaanniemi 2024). One forward of 2n
-    samples where guidance acts, n elsewhere: w = 1 needs no null pass.
+    Ho & Salimans 2022, within an interval of u in [0, 1] (Kynkaanniemi 2024); w may grow towards
+    the data (see guidance_at). One forward of 2n samples where guidance acts, n elsewhere: w = 1
+    needs no null pass.
     """
     null = torch.full_like(y, model.num_classes)  # the label K
 
@@ -141,7 +180,8 @@ def guided(model, process, y, cfg=1.0, interval=(0.0, 1.0)):
         twice = x.float().repeat(2, 1, 1, 1)  # (2 n, C, H, W)
         out = model(twice, times.repeat(2), torch.cat([y, null])).to(x.dtype)
         cond, uncond = out.chunk(2)           # (n, C, H, W) each
-        return uncond + cfg * (cond - uncond)
+        w = guidance_at(t / process.T, cfg, power)
+        return uncond + w * (cond - uncond)
 
     return f
 
@@ -288,7 +328,7 @@ SAMPLERS = {"ddpm": {"ancestral": ancestral, "ddim": ddim, "dpm++": dpm_solver_p
 
 @torch.no_grad()
 def generate(model, process, y, generators, sampler, steps, cfg=1.0, interval=(0.0, 1.0),
-             **options):
+             power=None, **options):
     """Samples (n, C, H, W) float32 for labels y (n,).
 
     Start noise and every later number of sample i come from generators[i] alone. Noise is drawn
@@ -301,7 +341,7 @@ def generate(model, process, y, generators, sampler, steps, cfg=1.0, interval=(0
         rows = [torch.randn(shape, generator=g) for g in generators]
         return torch.stack(rows).to(y.device)  # (n, C, H, W)
 
-    f = guided(model, process, y, cfg, interval)
+    f = guided(model, process, y, cfg, interval, power)
     x = SAMPLERS[process.name][sampler](f, noise(), process, steps, noise, **options)
     return x.float()
 
@@ -309,8 +349,8 @@ def generate(model, process, y, generators, sampler, steps, cfg=1.0, interval=(0
 def sample_images(model, process, y, generators, how, vae=None, scale=None):
     """Images (n, C, H, W) float32 in [-1, 1] for labels y (n,), as sample.py draws them.
 
-    how: dict with sampler, steps, cfg, cfg_interval, eta and variance. With a vae the model's
-    samples are latents times `scale`, and decoded.
+    how: dict with sampler, steps, cfg, cfg_interval, eta, variance and perhaps cfg_power. With a
+    vae the model's samples are latents times `scale`, and decoded.
     """
     options = {}
     if how["sampler"] == "ancestral":
@@ -320,7 +360,7 @@ def sample_images(model, process, y, generators, how, vae=None, scale=None):
     if process.name == "ddpm":
         options["clip_x0"] = vae is None  # pixels lie in [-1, 1], latents do not
     x = generate(model, process, y, generators, how["sampler"], how["steps"], how["cfg"],
-                 how["cfg_interval"], **options)
+                 how["cfg_interval"], how.get("cfg_power"), **options)
     if vae is None:
         return x
     return vae.decode(x / scale)

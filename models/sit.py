@@ -141,33 +141,7 @@ class SiT(nn.Module):
         self.pos_embed = nn.Parameter(positions[None], requires_grad=False)  # (1, T, D)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.final_layer = FinalLayer(width, patch, self.out_channels)
-        self._init()
-
-    def _init(self):
-        """DiT's initialisation.
-
-        Xavier for linear layers, N(0, 0.02) for embedders, zero for every modulation and the output
-        (adaLN-Zero).
-        """
-        for module in (*self.blocks.modules(), *self.final_layer.modules()):
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        # The patch embedding as the linear layer that it is: its fans are those of the flat patch.
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
-        nn.init.zeros_(self.x_embedder.proj.bias)
-        for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
-            if self.t_embedder.scale == 1:
-                nn.init.normal_(layer.weight, std=0.02)
-            else:
-                # The tiny size has a few hundred steps to find its way in time: larger weights, and
-                # a time of 0..100 that the frequencies resolve.
-                nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
-        modulations = [block.adaLN_modulation[1] for block in self.blocks]
-        for layer in (*modulations, self.final_layer.adaLN_modulation[1], self.final_layer.linear):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        initialise(self, self.blocks)
 
     def forward(self, x, t, y, tokens_after=None):
         c = self.t_embedder(t) + self.y_embedder(y)  # (n, D)
@@ -182,12 +156,43 @@ class SiT(nn.Module):
             if k == tokens_after:
                 tokens = x
         x = self.final_layer(x, c)  # (n, T, p p out)
-        p = self.patch
-        x = rearrange(x, "n (h w) (p q c) -> n c (h p) (w q)", h=self.grid, p=p, q=p)
-        x = x[:, :self.channels]    # (n, C, H, W)
+        x = unpatchify(x, self.grid, self.patch, self.channels)     # (n, C, H, W)
         if tokens_after is None:
             return x
         return x, tokens
+
+
+def initialise(model, blocks):
+    """DiT's initialisation of a transformer of these parts and its blocks, a ModuleList.
+
+    Xavier for linear layers, N(0, 0.02) for embedders, zero for every modulation and the output
+    (adaLN-Zero).
+    """
+    for module in (*blocks.modules(), *model.final_layer.modules()):
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    # The patch embedding as the linear layer that it is: its fans are those of the flat patch.
+    nn.init.xavier_uniform_(model.x_embedder.proj.weight.flatten(1))
+    nn.init.zeros_(model.x_embedder.proj.bias)
+    for layer in (model.t_embedder.mlp[0], model.t_embedder.mlp[2]):
+        if model.t_embedder.scale == 1:
+            nn.init.normal_(layer.weight, std=0.02)
+        else:
+            # The tiny size has a few hundred steps to find its way in time: larger weights, and a
+            # time of 0..100 that the frequencies resolve.
+            nn.init.xavier_uniform_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    modulations = [block.adaLN_modulation[1] for block in blocks]
+    for layer in (*modulations, model.final_layer.adaLN_modulation[1], model.final_layer.linear):
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+
+
+def unpatchify(x, grid, patch, channels):
+    """Tokens (n, T, p p out) -> (n, C, H, W): the first C of the `out` channels."""
+    x = rearrange(x, "n (h w) (p q c) -> n c (h p) (w q)", h=grid, p=patch, q=patch)
+    return x[:, :channels]
 
 
 def sincos_2d(width, grid):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from models.build import build
-from models.diffusion import (DDPM, SAMPLERS, Flow, ancestral, ddim, diffusion_loss, dpm_solver_pp_2m, euler, euler_maruyama, generate, guided, heun,
+from models.diffusion import (DDPM, SAMPLERS, Flow, ancestral, ddim, diffusion_loss, dpm_solver_pp_2m, euler, euler_maruyama, generate, guidance_at, guided, heun,
                               make_process, to_uint8, trailing)
 
 SHAPE, DIM = (2, 1, 2), 4                                             # C, H, W of the Gaussian data, laid out as an image
@@ -427,3 +427,38 @@ def test_to_uint8_inverts_the_scaling_for_every_level():
     assert torch.equal(to_uint8(x).flatten(), levels)
     rgb = torch.tensor([-5.0, 0.0, 5.0]).view(1, 3, 1, 1).expand(1, 3, 2, 4)
     assert to_uint8(rgb).shape == (1, 2, 4, 3) and to_uint8(rgb)[0, 1, 2].tolist() == [0, 128, 255]
+
+
+# ---------------------------------------------------------------------------------------------- guidance in time, and other betas
+@pytest.mark.parametrize("u, w", [(0, 3.8), (0.1, 3.06), (0.25, 1.64), (0.5, 1.03), (0.76, 1.00)])
+def test_power_guidance_has_the_figures_of_its_formula(u, w):
+    assert guidance_at(u, 3.8, 4) == pytest.approx(w, abs=0.006)
+    assert guidance_at(u, 3.8) == 3.8 and guidance_at(1, 3.8, 4) == 1
+
+
+def test_power_guidance_acts_in_the_sampler_at_its_own_time():
+    class Net(torch.nn.Module):
+        num_classes = 3
+
+        def forward(self, x, t, y):
+            return (y.float() + 1).view(-1, 1, 1, 1).expand_as(x)                 # null 4, class 1: 2
+    x, y = torch.zeros(2, 1, 2, 2, dtype=torch.float64), torch.tensor([1, 1])
+    for process, t, u in ((DDPM(), 250.0, 0.25), (Flow(), 0.25, 0.25)):
+        w = 1 + 2.8 * (1 - math.cos(math.pi * (1 - u) ** 4)) / 2
+        out = guided(Net(), process, y, 3.8, power=4)(x, t)
+        np.testing.assert_allclose(out, 4 + w * (2 - 4))
+
+
+def test_scaled_linear_betas_are_those_of_stable_diffusion():
+    """A plain loop; the last abar is the published 0.00466. Linear betas stay what they were."""
+    process, abar = make_process("ddpm", "v", [0.00085, 0.012]), 1.0
+    for i in range(1000):
+        abar *= 1 - (0.00085**0.5 + i / 999 * (0.012**0.5 - 0.00085**0.5)) ** 2
+        assert process.abar[i].item() == pytest.approx(abar, rel=1e-9)
+    assert abar == pytest.approx(0.00466, abs=5e-6) and process.predict == "v"
+    assert make_process("ddpm").abar[-1].item() == pytest.approx(4.04e-5, rel=0.01)
+    for bad in ([0.012], [0.0, 0.1], [0.5, 0.1], [0.1, 1.0]):
+        with pytest.raises(ValueError):
+            make_process("ddpm", "eps", bad)
+    with pytest.raises(ValueError, match="only a ddpm"):
+        make_process("flow", "v", [0.00085, 0.012])

@@ -7,9 +7,10 @@ import pytest
 import torch
 import torch.nn as nn
 
-from models.build import MODELS, Network, build, from_checkpoint, has_dropout, init_from, text_of
+from models.build import MODELS, Network, build, from_checkpoint, init_from, knows, text_of
 from models.conditioning import ConditionEmbedder
 from models.diffusion import DDPM, Flow, make_process
+from models.mdt import MDT
 from models.official import official_checkpoint, reverse_time
 from models.sit import SIZES, SiT
 from models.unet import Down, ResBlock, SelfAttention, UNet
@@ -557,11 +558,11 @@ def test_every_model_of_the_table_can_be_built():
     with torch.device("meta"):
         for name in MODELS:
             model = build(dict(model=name, process="flow", size=32, channels=3, num_classes=10))
-            assert isinstance(model, (SiT, UNet)) and isinstance(model.y_embedder, ConditionEmbedder) and model.num_classes == 10
+            assert isinstance(model, (SiT, UNet, MDT)) and isinstance(model.y_embedder, ConditionEmbedder) and model.num_classes == 10
             assert all(hasattr(model, name) for name in Network.__annotations__)
 
 
-@pytest.mark.parametrize("settings", [SIT, UNET], ids=["sit", "unet"])
+@pytest.mark.parametrize("settings", [SIT, UNET, {**SIT, "model": "MDT-T/2"}], ids=["sit", "unet", "mdt"])
 def test_every_network_keeps_to_the_written_interface(settings):
     model = build({**settings, "text_shape": [2, 5]}, torch.ones(3, 2, 5)).eval()
     x, t, y = batch(), torch.tensor([0.1, 0.5, 0.9]), torch.tensor([0, 3, 2])
@@ -573,10 +574,10 @@ def test_every_network_keeps_to_the_written_interface(settings):
 
 
 def test_which_networks_have_dropout():
-    assert {name: has_dropout(name) for name in MODELS} == {name: name.startswith("unet") for name in MODELS}
+    assert {name: knows(name, "dropout") for name in MODELS} == {name: name.startswith("unet") for name in MODELS}
     for name in ("unet-tiny", "SiT-T/2"):
         model = build({**SIT, "model": name, "dropout": 0.25})
-        assert any(isinstance(m, nn.Dropout) and m.p == 0.25 for m in model.modules()) == has_dropout(name)
+        assert any(isinstance(m, nn.Dropout) and m.p == 0.25 for m in model.modules()) == knows(name, "dropout")
 
 
 def test_options_of_another_network_are_passed_over():

@@ -570,9 +570,9 @@ def test_visual_tokens_belong_to_their_image_and_its_orientation(both, tiny_data
     attach = make_attach(tmp_path / "attach", tiny_data, keep, both)
     pairs, real = [], train.Objective.forward
 
-    def spy(self, x, u, eps, y, v=None):
+    def spy(self, x, u, eps, y, v, *more):
         pairs.append((x.clone(), v.clone()))
-        return real(self, x, u, eps, y, v)
+        return real(self, x, u, eps, y, v, *more)
     monkeypatch.setattr(train.Objective, "forward", spy)
     if not both:
         assert "one orientation only" in refused(capsys, tiny_data, tmp_path / "r", attach=attach, flips=True)
