@@ -345,8 +345,8 @@ def dinov2_row(name, width, download):
 
 
 def efficientnet_row(number, side, tokens):
-    # The published sides are 224 and 260. They cost three and seven times as much, and a picture of
-    # 32 pixels has no more to show at them: CIFAR-10 is told apart as well (docs/scale.md).
+    # The published sides are 224 and 260, at three and seven times the cost, for pictures that have
+    # so many pixels. What CIFAR-10 gives away at these and other sides stands in docs/scale.md.
     name = f"efficientnet-lite{number}"
     return Spec(
         build=partial(EfficientNetLite, name=name, side=side), source="package", width=1280,
