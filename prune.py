@@ -42,10 +42,8 @@ def gaussian_score(z, eps=1e-5):
     from models.chunked import mean_row
     n, D = z.shape
     mu = mean_row(z)                                                     # (D,)
-    if n < D:
-        distance, logdet = mahalanobis_by_gram(z, mu, eps)
-    else:
-        distance, logdet = mahalanobis(z, mu, eps)
+    measure = mahalanobis_by_gram if n < D else mahalanobis
+    distance, logdet = measure(z, mu, eps)                               # (n,), ()
     return (-0.5 * (distance + logdet + D * math.log(2 * math.pi))).numpy()
 
 
@@ -125,21 +123,19 @@ def kcenter_picks(z, m, tie, rng=None):
 def herding_picks(z, m, tie, rng=None):
     """m rows whose running mean stays near mu: herding as in iCaRL (Rebuffi et al. 2017, Eq. 4).
 
-    Pick k is argmin_z |mu - (z + sum of the picks) / k|, each row once. That is argmax <w, z> -
-    |z|^2 / 2 with w = k mu - sum of the picks: Welling's rule (2009, Eq. 5 and 6) but for the last
-    term, without which rows of other lengths than one are taken for being long.
+    Pick k is argmin_z |mu - (z + picks) / k|, each row once: argmax <w, z> - |z|^2 / 2 with w =
+    k mu - picks. Without the last term (Welling 2009, Eq. 5 and 6) long rows win for being long.
     """
     from models.chunked import mean_row, products, squared_norms
-    half = squared_norms(z) / 2                                          # (n,)
     along = products(z, mean_row(z))                                     # (n,) <mu, z>
-    wz = along.copy()                         # (n,) <w, z>, which is kept up to date instead of w
+    gain = along - squared_norms(z) / 2       # (n,), which is kept up to date instead of w
     taken = np.zeros(len(along), bool)                                   # (n,)
     picked = []
     while len(picked) < m:
-        i = first(np.where(taken, -np.inf, wz - half), tie)
+        i = first(np.where(taken, -np.inf, gain), tie)
         taken[i] = True
         picked.append(i)
-        wz += along - products(z, z[i:i + 1][0])
+        gain += along - products(z, z[i:i + 1][0])
     return picked
 
 
