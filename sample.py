@@ -29,6 +29,7 @@ import numpy as np
 import torch
 
 import common
+from models.conditioning import sides
 from models.diffusion import SAMPLERS, sample_images, to_uint8
 from models.official import OFFICIAL
 
@@ -113,15 +114,15 @@ def load_inputs(args, device):
     check_flags(args, process, settings)
     inputs = SimpleNamespace(model=model, process=process, settings=settings,
                              step=state.get("step"), vae=None, scale=None)
-    side = model.size
+    height, width = sides(model.size)
     channels = model.channels
     if settings.get("latents"):
         inputs.vae = open_vae(args, settings, device)
         inputs.scale = settings["latent_scale"]
         # Decoded images: RGB, factor times as wide.
-        side = side * inputs.vae.factor
+        height, width = height * inputs.vae.factor, width * inputs.vae.factor
         channels = 3
-    inputs.shape = (args.num, side, side, channels)           # (n, H, W, C)
+    inputs.shape = (args.num, height, width, channels)        # (n, H, W, C)
     inputs.names = common.sample_names(args.cfg)              # {guidance: name of its files}
     out = Path(args.out)
     # From the first row on the space of a file is reserved.

@@ -31,6 +31,7 @@ import contextlib
 import copy
 import functools
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -41,7 +42,7 @@ import torch.nn as nn
 import common
 from models.build import MODELS, build, init_from, knows
 from models.conditioning import (Projector, alignment_loss, drop_labels, match_grid,
-                                 mean_token_cosine)
+                                 mean_token_cosine, sides)
 from models.diffusion import (SCALED_LINEAR, diffusion_loss, generate, make_process, snr_weight,
                               to_uint8)
 from models.official import OFFICIAL
@@ -102,7 +103,7 @@ class Objective(nn.Module):
         # (n,) and the network's tokens (n, T', D)
         loss, tokens = diffusion_loss(self.process, self.model, x, u, eps, y, tokens_after=after)
         projected = self.projector(tokens)                            # (n, T', d)
-        return loss, alignment_loss(projected, match_grid(v, tokens.shape[1]))
+        return loss, alignment_loss(projected, match_grid(v, tokens.shape[1], self.model.grid))
 
     def masked(self, x, u, eps, y, kept):
         """The loss (n,) over all tokens, hidden ones too, of a pass that encodes the kept ones."""
@@ -345,7 +346,7 @@ def train(args, inputs, stage, device):
     """The loop. Returns what is worth recording."""
     settings = inputs.settings
     latents = settings["latents"]
-    shape = (settings["channels"], settings["size"], settings["size"])         # (C, H, W)
+    shape = (settings["channels"], *sides(settings["size"]))         # (C, H, W)
     net = inputs.net.to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(net.model).eval().requires_grad_(False)
     # The moving average is of the network alone: sampling needs no projector.
@@ -474,7 +475,8 @@ def describe(args, inputs, run, feed, device):
                    "each step")
     if inputs.visual is None:
         return None
-    constant = mean_token_cosine(inputs.visual[:4096], net.model.grid ** 2)
+    grid = net.model.grid
+    constant = mean_token_cosine(inputs.visual[:4096], math.prod(sides(grid)), grid=grid)
     common.log(f"alignment: one constant vector reaches the cosine {constant:.3f}; less than that "
                "has learned nothing")
     return constant
@@ -623,7 +625,7 @@ def fill_flags(args, data):
     if args.preset is None:
         if data.latents is not None:
             args.preset = "mdt" if (args.model or "").startswith("MDT") else "imagenet"
-        elif data.images.shape[1] <= 16:
+        elif max(data.images.shape[1:3]) <= 16:
             args.preset = "digits"
         else:
             args.preset = "cifar10"
@@ -728,6 +730,10 @@ def load_network(args, inputs):
         # The network's own start must not depend on the projector.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(args.seed + 1)
+            first = torch.from_numpy(np.array(inputs.visual[:1, ..., :1])).flatten(0, -3)
+            with common.reading(Path(args.attach) / "visual.npy", "file of tokens for this network",
+                                "run attach.py again"):
+                match_grid(first, math.prod(sides(model.grid)), model.grid)
             width = model.token_width
             # 2048 is REPA's, for networks of at least 384.
             hidden = 2048 if width >= 384 else 4 * width

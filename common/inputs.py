@@ -231,9 +231,10 @@ def open_scorer(path, data, official=None):
     scale: by which it wants the latents; None where it takes pixels. Official weights name no
     classes: theirs are taken to be in the order of the folder.
     """
+    from models.conditioning import sides
     state, model, process = open_checkpoint(path, official)
     known = state["args"]
-    wants = (model.channels, model.size, model.size)                     # (C, H, W)
+    wants = (model.channels, *sides(model.size))                         # (C, H, W)
     has = {}
     if data.images is not None:
         has["images"] = (data.images.shape[3], *data.images.shape[1:3])

@@ -25,10 +25,10 @@ class Network(Protocol):
     """
 
     options: tuple      # settings that only this kind of network knows: ("depth", "dropout", ...)
-    size: int           # side of its square images or latents
+    size: object        # side of its square images or latents, or (height, width)
     channels: int       # C
     num_classes: int    # K; label K is the null class
-    grid: int           # its tokens lie on grid x grid places
+    grid: object        # its tokens lie on grid x grid places, or on (rows, columns)
     token_width: int    # D, numbers a token
     token_layer: int    # the tokens_after whose tokens the alignment loss sees
     y_embedder: object  # the ConditionEmbedder of class and text, under this name; or None
@@ -36,8 +36,8 @@ class Network(Protocol):
     def forward(self, x, t, y, tokens_after=None):
         """What the process predicts: x (n, C, H, W), t (n,) model time, y (n,) in 0..K -> like x.
 
-        With tokens_after=k it returns (prediction, tokens (n, grid^2, D)): the tokens behind layer
-        k, row by row of the grid, with gradients.
+        With tokens_after=k it returns (prediction, tokens (n, T, D)): the tokens behind layer k,
+        row by row of the grid, with gradients.
         """
 
 
@@ -69,8 +69,12 @@ def build(settings, text=None, mask=None):
         raise ValueError(f"unknown model {name!r}; known are {', '.join(MODELS)}")
     for key, least in (("size", 1), ("channels", 1), ("num_classes", 0)):
         value = settings[key]
-        if not isinstance(value, int) or value < least:
-            raise ValueError(f"{key} is {value!r}, but must be a whole number of at least {least}")
+        # A size of two sides, (height, width), is not square.
+        pair = key == "size" and isinstance(value, (list, tuple)) and len(value) == 2
+        for number in value if pair else [value]:
+            if not isinstance(number, int) or number < least:
+                raise ValueError(f"{key} is {value!r}, but must be a whole number of at least "
+                                 f"{least}")
     network, sizes = MODELS[name]
     kwargs = dict(sizes, text=text, mask=mask, text_shape=settings.get("text_shape"))
     kwargs["class_std"] = settings.get("class_std", 0.02)
@@ -81,7 +85,10 @@ def build(settings, text=None, mask=None):
     # A network's own time_scale stretches a flow's time in [0, 1]; that of DDPM is 0..999 already.
     if settings["process"] == "ddpm":
         kwargs["time_scale"] = 1.0
-    return network(settings["size"], settings["channels"], settings["num_classes"], **kwargs)
+    size = settings["size"]
+    if not isinstance(size, int):
+        size = tuple(size)
+    return network(size, settings["channels"], settings["num_classes"], **kwargs)
 
 
 def knows(name, option):

@@ -335,7 +335,8 @@ def generate(model, process, y, generators, sampler, steps, cfg=1.0, interval=(0
     where the generators live, on the CPU, so that a sample is the same on every device up to
     rounding.
     """
-    shape = (model.channels, model.size, model.size)
+    from models.conditioning import sides
+    shape = (model.channels, *sides(model.size))
 
     def noise(_=None):
         rows = [torch.randn(shape, generator=g) for g in generators]

@@ -164,7 +164,7 @@ def test_digits(tmp_path):
     known = sorted((*np.rint(x * 255 / 16).astype(int).ravel(), y) for x, y in zip(raw.images, raw.target))
     ours = sorted((*x.astype(int).ravel(), y) for x, y in [*zip(d.images, d.labels), *zip(d.test_images, d.test_labels)])
     assert known == ours                                              # every image once: the splits are disjoint and complete
-    assert common.DIGITS.stat().st_size < 100_000
+    assert common.sources.DIGITS.stat().st_size < 100_000
     h = hashlib.sha256(b"(1500, 8, 8, 1)" + d.images.tobytes() + d.labels.astype("<i8").tobytes())
     assert d.info["sha256"] == h.hexdigest() == "87374d0d28ac64b09a50c1672a5d35ae935a0180742e382aaf468ac074a5ac7c"
     assert Image.open(tmp_path / "preview.png").size == (660, 660)
