@@ -1,5 +1,6 @@
 """What the stages read of each other: data folder, kept indices, checkpoint, encoder by name."""
 import argparse
+import os
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -328,6 +329,10 @@ def make_scratch(path, data, device, count=1):
     states = networks_in(path)
     if len(states) >= count:
         return
+    # Looked at first: what took minutes could not be kept.
+    need(os.access(data.folder, os.W_OK),
+         f"{path}: the scratch network is kept there, and {data.folder} cannot be written to; make "
+         f"a folder of links that can: cp -rs {data.folder.resolve()} MINE, and give --data MINE")
     sweep(data.folder)               # a killed call may have left its half of the file
 
     def train(seed):

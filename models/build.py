@@ -13,8 +13,9 @@ from models.official import MDT_MARK, official_weights
 from models.sit import SITS, SiT
 from models.unet import UNETS, UNet
 
-# The buffer with the text tokens in a state dict: conditions, not weights.
+# The buffer with the text tokens in a state dict: conditions, not weights; and the class table.
 TEXT_KEY = "y_embedder.text"
+TABLE_KEY = "y_embedder.embedding_table.weight"
 
 
 class Network(Protocol):
@@ -125,23 +126,39 @@ def from_checkpoint(state, ema=True):
     return model.eval().requires_grad_(False), process
 
 
-def init_from(model, state, path):
+def init_from(model, state, path, new_classes=False):
     """Start weights for `model` from the EMA of a checkpoint dict of train.py; its text stays.
 
     Raises ValueError that begins with `path`: when it is no such checkpoint, or at the first weight
     whose name or shape differs. Official weights go through official_checkpoint first, for SiT runs
-    time the other way.
+    time the other way. new_classes: the class table starts anew, but for its null row; for
+    fine-tuning to other classes.
     """
     if not_ours := what_else(state):
         raise ValueError(f"{path}: {not_ours}")
+    weights = dict(state["ema"])
+    if new_classes:
+        weights.update(new_table(model, weights))
     try:
-        fits(model, state["ema"])
+        fits(model, weights)
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from e
-    weights = dict(state["ema"])
     if TEXT_KEY in weights:
         weights[TEXT_KEY] = model.state_dict()[TEXT_KEY]  # it came with --attach
     model.load_state_dict(weights)
+
+
+def new_table(model, weights):
+    """{name: tensor} of the classes of `model`, whose null row is that of the checkpoint."""
+    own = model.state_dict()
+    table = own[TABLE_KEY].clone()                       # (K + 1, D)
+    old = weights.get(TABLE_KEY)
+    if torch.is_tensor(old) and old.shape[1:] == table.shape[1:]:
+        # Without a class the network draws as it did.
+        table[-1] = old[-1]
+    mine = {TABLE_KEY: table}
+    mine.update({key: own[key] for key in (TEXT_KEY, "y_embedder.mask") if key in own})
+    return mine
 
 
 def what_else(state):
