@@ -859,10 +859,11 @@ def open_run(out, file, samples, data, args):
 
 
 def drawn_with(args):
-    """What says how samples were drawn; the power of guidance only where it has one."""
+    """What says how samples were drawn; what was added later only where it is set."""
     drawn = {key: args[key] for key in DRAWN_WITH}
-    if args.get("cfg_power") is not None:
-        drawn["cfg_power"] = args["cfg_power"]
+    for key in ("cfg_power", "cfg_channels", "time_grid"):
+        if args.get(key) is not None:
+            drawn[key] = args[key]
     return drawn
 
 

@@ -49,7 +49,8 @@ def draw_samples(args, inputs, cfg, out, device):
     """OUT/samples.npy of one guidance, by every process its part. Returns a memory map of it."""
     model = inputs.model.to(device, memory_format=torch.channels_last)
     how = dict(sampler=args.sampler, steps=args.steps, cfg=cfg, eta=args.eta,
-               cfg_interval=args.cfg_interval, cfg_power=args.cfg_power, variance=args.variance)
+               cfg_interval=args.cfg_interval, cfg_power=args.cfg_power, variance=args.variance,
+               cfg_channels=args.cfg_channels, time_grid=args.time_grid)
     name = inputs.names[cfg]
     common.log(f"writing {math.prod(inputs.shape) / 2**20:,.1f} MB of samples into "
                f"{out / name}.npy")
@@ -186,6 +187,12 @@ def check_flags(args, process, settings):
         need(cfg == 1 or settings.get("label_drop") != 0,
              f"--cfg {cfg:g}: {args.checkpoint} was trained without label dropout and knows no "
              "null class to guide from; use --cfg 1")
+    need(args.time_grid is None or process.name == "ddpm",
+         f"--time-grid is of the ddpm samplers, and {args.checkpoint} is a {process.name} model; "
+         "leave it out")
+    need(args.cfg_channels is None or args.cfg_channels < settings.get("channels", 2**40),
+         f"--cfg-channels {args.cfg_channels}: {args.checkpoint} has {settings.get('channels')} "
+         "channels, all of which are guided then; leave it out")
     low, high = args.cfg_interval
     need(low <= high, f"--cfg-interval {low:g} {high:g}: the first must not be larger; 0 is data, "
                       "1 is noise")
@@ -276,6 +283,11 @@ def parse_args(argv=None):
                    metavar=("LO", "HI"), help="times (0 data, 1 noise) where guidance acts")
     p.add_argument("--cfg-power", type=common.number(above=0, high=100), metavar="S",
                    help="guidance grows from 1 at noise to --cfg at data, as MDT's does with 4")
+    p.add_argument("--cfg-channels", type=common.count, metavar="C",
+                   help="guide the first C channels alone: 3 is what DiT and SiT do with latents")
+    p.add_argument("--time-grid", choices=("trailing", "linspace"),
+                   help="times of the ddpm samplers: equal steps down from T (default), or from T "
+                        "to 0 with both ends, as DiT and ADM have it")
     p.add_argument("--eta", type=common.number(low=0, high=1), default=0.0,
                    help="ddim: 0 deterministic, 1 as random as DDPM")
     p.add_argument("--variance", choices=("beta", "beta-tilde"), default="beta",

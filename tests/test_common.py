@@ -267,7 +267,7 @@ def test_a_judge_that_cannot_be_kept_is_not_trained(tiny_data, monkeypatch, tmp_
     data = common.open_data(tmp_path / "ro")
     line = line_of(common.open_encoder, "scratch", data, "cpu")
     assert "cannot be written to" in line
-    subprocess.run(re.search("cp -rs .* MINE", line)[0].replace("MINE", str(tmp_path / "mine")), shell=True, check=True)
+    subprocess.run(re.search("cp -rs .*? MINE", line)[0].replace("MINE", str(tmp_path / "mine")), shell=True, check=True)
     mine = common.open_data(tmp_path / "mine")
     assert (mine.folder / "images.npy").is_symlink() and np.array_equal(mine.images, data.images)
 

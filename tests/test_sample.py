@@ -384,3 +384,15 @@ def test_files_for_other_programs(flow, tmp_path):
     y = draw(flow, tmp_path, "--seed", 1, "--png", "flat", "--overwrite", num=5)
     assert len(list((tmp_path / "png").iterdir())) == 5 and not (tmp_path / "png-classes").exists()
     assert (np.asarray(Image.open(tmp_path / "png/000004.png")) == y[4, ..., 0]).all()
+
+
+def test_choices_of_published_sampling(flow, tmp_path, capsys):
+    four = make_checkpoint(tmp_path / "four.pt", "ddpm", channels=3)
+    a = draw(four, tmp_path / "a", "--cfg", 2, num=4)
+    b = draw(four, tmp_path / "b", "--cfg", 2, "--cfg-channels", 1, num=4)
+    c = draw(four, tmp_path / "c", "--cfg", 2, "--time-grid", "linspace", num=4)
+    assert (a != b).any() and (a != c).any() and json.loads((tmp_path / "c/sample.args.json").read_text())["args"]["time_grid"] == "linspace"
+    for flags, words in ((("--time-grid", "linspace"), "ddpm samplers"), (("--cfg-channels", "1"), "has 1 channels")):
+        with pytest.raises(SystemExit):
+            draw(flow, tmp_path / "no", *flags, num=4)
+        assert words in capsys.readouterr().err
