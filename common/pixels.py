@@ -100,7 +100,7 @@ def to_rgb(image, span=None):
 
 def wide_colour(image):
     """Whether an image that is not loaded yet stores colours of 16 bits, of which Pillow keeps 8."""
-    return image.mode not in GREY and any(";16" in str(tile[3]) for tile in image.tile)
+    return image.mode[0] not in "IF" and any(";16" in str(tile[3]) for tile in image.tile)
 
 
 def open_image(source):
@@ -144,6 +144,8 @@ def about_image(source, span=None):
     with open_image(source) as image:
         wide = wide_colour(image)
         mode = f"{image.mode} of 16 bits" if wide else image.mode
+        if getattr(image, "is_animated", False):
+            mode += " of several frames, the first of which is used,"
         size = image.size
         with contextlib.suppress(Exception):
             if image.getexif().get(0x112) in (5, 6, 7, 8):

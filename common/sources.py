@@ -19,7 +19,6 @@ from common.inputs import open_data
 from common.labels import arrange, label_column, split_word
 from common.listing import (Listing, image_suffixes, is_image, list_folder, list_tars, list_zip,
                             natural, printable)
-from common.processes import log
 
 # UCI ML repository, Alpaydin & Kaynak 1998, CC BY 4.0; tests/test_data.py makes it once more.
 DIGITS = Path(__file__).resolve().parent.parent / "data" / "digits.npz"
@@ -413,8 +412,6 @@ def read_npz(path, span=None):
     need(low >= 0 and high < len(train.labels) and np.bincount(train.labels).all(),
          f"{path}: labels run {low}..{high}, but must be 0..K-1 with at least one image of each "
          "class")
-    if said:
-        log(f"data.py: note: {path}: {said}")
     source = Source(npz_classes(path, arrays, high + 1), train, said=said)
     if "test_images" in arrays:
         source.test = npz_test(path, arrays, train, span)
