@@ -207,10 +207,12 @@ def read_table(listing, name):
 
 
 def file_column(columns, rows, names):
-    """(the column that names the images, how many of its entries are found)."""
-    found = {c: sum(bool(names.find(row.get(c))) for row in rows) for c in columns}
-    best = max(columns, key=found.get, default=None)
-    return best, found.get(best, 0)
+    """(the column that names the images, how many of its entries are images of these)."""
+    # Different ones: labels 0 and 1 are names of files, too, where there are 0.png and 1.png.
+    known = {c: len({str(row.get(c)) for row in rows if names.find(row.get(c)) is not None})
+             for c in columns}
+    best = max(columns, key=known.get, default=None)
+    return best, sum(bool(names.find(row.get(best))) for row in rows)
 
 
 def label_column(where, columns, asked):

@@ -349,6 +349,8 @@ def test_tables_of_both_splits(tmp_path):
     assert labels(made(tmp_path, top)) == ([0, 1, 0, 1], [1, 0, 1, 0])
     for name in ("Train.csv", "Test.csv"):
         (top / name).unlink()
+    (top / "labels.csv").write_text("label,file\n" + "".join(f"{i % 2},{i}.png\n" for i in range(4)))        # labels that are names of files, too
+    assert labels(made(tmp_path, top, "--splits", "Train")) == ([0, 1, 0, 1], None)
     (top / "labels.csv").write_text("file,label\n" + "".join(f"Train/{i}.png,{i % 2}\nTest/{i}.png,{(i + 1) % 2}\n" for i in range(4)))
     assert labels(made(tmp_path, top)) == ([0, 1, 0, 1], [1, 0, 1, 0])
     (top / "labels.csv").write_text("file,label\n" + "".join(f"{i}.png,{i % 2}\n" for i in range(4)))     # of which split? not of the held-out one
