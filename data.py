@@ -625,7 +625,7 @@ def parse_args(argv=None):
     p.add_argument("--label-column", metavar="NAME",
                    help="which column of a table or parquet file is the label")
     p.add_argument("--splits", nargs="+", metavar="NAME",
-                   help="folders of the training and of the held-out images; none: they are classes")
+                   help="folders of training and held-out images; none: they are classes")
     p.add_argument("--range", type=common.number(), nargs=2, metavar=("LO", "HI"),
                    help="values of more than 8 bits that become black and white")
     p.add_argument("--max-pixels", type=common.count, default=MAX_PIXELS,

@@ -727,8 +727,9 @@ def pictures(place):
 
     By the same rules as data.py: hidden files and those of the system are none, links are followed.
     """
-    listing = common.listing.list_zip(place) if place.is_file() else common.listing.list_folder(place)
-    names = sorted(filter(common.listing.is_image, listing.files), key=lambda name: name.split("/"))
+    rooms = common.listing
+    listing = rooms.list_zip(place) if place.is_file() else rooms.list_folder(place)
+    names = sorted(filter(rooms.is_image, listing.files), key=lambda name: name.split("/"))
     need(names, f"{place}: no picture in it or below it; give the folder, .zip, .npy or .npz that "
          "holds the samples")
     return {name: listing.files[name] for name in names}

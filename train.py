@@ -338,7 +338,7 @@ class Log:
 
 
 def open_board(run):
-    """TensorBoard's writer of a run; UserError with the pip command where the package is missing."""
+    """TensorBoard's writer of a run; UserError with the pip command where it is missing."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as e:
@@ -839,8 +839,8 @@ def parse_args(argv=None):
                    help="steps between sample pictures, 0 for the last only")
     p.add_argument("--log-every", type=common.count, default=50, help="steps between log lines")
     p.add_argument("--tensorboard", action="store_true",
-                   help="also write the log lines and pictures for TensorBoard, into OUT/tensorboard "
-                        "(pip install tensorboard)")
+                   help="also write the log lines and pictures for TensorBoard, into "
+                        "OUT/tensorboard (pip install tensorboard)")
     common.add_run_flags(p, "start again where another run stands; its samples and figures go too",
                          "seed of everything random")
     return p.parse_args(argv)

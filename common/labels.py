@@ -28,8 +28,8 @@ FILLERS = {"set", "data", "dataset", "images", "image", "imgs", "img", "seg", "s
 FOLDERS = "class folders"
 # Folders of images, and of what lies beside them for other tasks.
 PLAIN = {"images", "image", "imgs", "img", "jpegimages", "photos"}
-BESIDE = {"annotations", "annotation", "masks", "mask", "labels", "label", "trimaps", "segmentation",
-          "segmentations", "segmentationclass", "ground_truth", "groundtruth", "gt", "depth"}
+BESIDE = {"annotations", "annotation", "masks", "mask", "labels", "label", "trimaps",
+          "segmentation", "segmentations", "segmentationclass", "ground_truth", "groundtruth", "gt", "depth"}
 TABLES = (".csv", ".tsv", ".jsonl")
 LABEL_COLUMNS = {"label", "labels", "class", "classes", "category", "categories", "target",
                  "class_name", "classname", "label_name", "class_id", "label_id", "y"}
@@ -430,9 +430,9 @@ def check_classes(listing, root, folders, loose, inside):
                           f"{', '.join(folders[:3])}, and {inside} in them; {flags}")
     words = {f.lower() for f in folders}
     beside = words & BESIDE
-    need(not (words & PLAIN and beside), f"{listing.where(root)}: {', '.join(folders[:4])} look like "
-         f"images and what belongs to them, not like classes; give the folder of the images itself, "
-         f"or {flags}")
+    need(not (words & PLAIN and beside), f"{listing.where(root)}: {', '.join(folders[:4])} look "
+         "like images and what belongs to them, not like classes; give the folder of the images "
+         f"itself, or {flags}")
 
 
 def check_agreement(listing, root, images, labels, source):
@@ -446,8 +446,8 @@ def check_agreement(listing, root, images, labels, source):
     # One folder around all images says nothing.
     same = len(pairs) == len({a for a, _ in pairs}) == len({b for _, b in pairs})
     need(same or len({a for a, _ in pairs}) == 1,
-         f"{source} and the folders {', '.join(folders[:3])} divide the images otherwise; say which "
-         "are the classes: --labels-from folders, or --labels-from FILE")
+         f"{source} and the folders {', '.join(folders[:3])} divide the images otherwise; say "
+         "which are the classes: --labels-from folders, or --labels-from FILE")
 
 
 def labels_by_file(listing, tops, how, images, taken):

@@ -295,6 +295,16 @@ def test_parquet(tmp_path, capsys):
     assert "--label-column color" in refused(tmp_path, capsys, tmp_path / "x.parquet", "--label-column", "color")
 
 
+def test_hugging_face_by_name(tmp_path, monkeypatch):
+    """Through the package itself, which takes a local folder for a name: the same pixels and labels as from the files."""
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name, labels, first in (("train-00000-of-00001", LABELS, 0), ("test-00000-of-00001", [1, 0], 20)):
+        odd.parquet(tmp_path / "p" / f"{name}.parquet", labels, ["ant", "bee", "cow"], first)
+    a, b = made(tmp_path, tmp_path / "p"), made(tmp_path, f"hf:{tmp_path / 'p'}")
+    assert a.info["sha256"] == b.info["sha256"] and a.info["sha256_test"] == b.info["sha256_test"] and a.classes == b.classes
+
+
 @pytest.mark.parametrize("source, package", [("x.parquet", "pyarrow"), ("hf:ylecun/mnist", "datasets")])
 def test_optional_packages_are_named(tmp_path, capsys, monkeypatch, source, package):
     (tmp_path / "x.parquet").write_bytes(b"PAR1")
