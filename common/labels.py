@@ -29,7 +29,8 @@ FOLDERS = "class folders"
 # Folders of images, and of what lies beside them for other tasks.
 PLAIN = {"images", "image", "imgs", "img", "jpegimages", "photos"}
 BESIDE = {"annotations", "annotation", "masks", "mask", "labels", "label", "trimaps",
-          "segmentation", "segmentations", "segmentationclass", "ground_truth", "groundtruth", "gt", "depth"}
+          "segmentation", "segmentations", "segmentationclass", "ground_truth", "groundtruth", "gt",
+          "depth"}
 TABLES = (".csv", ".tsv", ".jsonl")
 LABEL_COLUMNS = {"label", "labels", "class", "classes", "category", "categories", "target",
                  "class_name", "classname", "label_name", "class_id", "label_id", "y"}

@@ -177,7 +177,7 @@ def need_range(name, extent, span):
         return
     low, high = extent
     need(low >= 0 and high <= 65535, f"{name}: its values run {low:g} to {high:g}, beyond "
-                                     "0..65535; say with --range LO HI what is black and what is white")
+         "0..65535; say with --range LO HI what is black and what is white")
 
 
 def need_bright(name, extent, span):

@@ -765,6 +765,7 @@ def test_tensorboard_is_optional(tiny_data, tmp_path, capsys, monkeypatch):
             run(tiny_data, tmp_path / "a", steps=2, tensorboard=True)
         assert "pip install tensorboard" in capsys.readouterr().err
     pytest.importorskip("tensorboard")
+    monkeypatch.setattr(train, "preview", REAL_PREVIEW)
     run(tiny_data, tmp_path / "b", steps=2, log_every=1, tensorboard=True)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     events = EventAccumulator(str(tmp_path / "b" / "tensorboard"))
