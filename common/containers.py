@@ -29,6 +29,7 @@ PACKED = {
             "torchvision.datasets.LSUN for LSUN",
     ".tar": "tar files; data.py reads them where they are not compressed and hold images",
     ".tgz": "a compressed tar; unpack it: tar -xzf FILE",
+    ".tar.gz": "a compressed tar; unpack it: tar -xzf FILE",
     ".gz": "compressed files; unpack them (MNIST: torchvision.datasets.MNIST, then .data and "
            ".targets into np.savez(path, images=..., labels=...))",
     ".bz2": "compressed files; unpack them",

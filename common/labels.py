@@ -511,12 +511,14 @@ def arrange(listing, how):
     # A folder around the splits is nothing to speak of.
     say_unwrapped(listing, train if train != top else "", root)
     images = images_in(listing, train)
-    need(images, no_image(listing, train, "folder"))
+    if not images:
+        raise UserError(no_image(listing, train, "folder"))
     labels, source = labels_of(listing, root, tops_of(root, train, top), how, images)
     if source == FOLDERS:
         empty = sorted(set(listing.children(root)) - set(labels.values()), key=natural)
-        need(not empty, no_image(listing, "/".join(filter(None, [root, *empty[:1]])),
-                                 "class folder"))
+        if empty:
+            folder = f"{root}/{empty[0]}" if root else empty[0]
+            raise UserError(no_image(listing, folder, "class folder"))
     images = labelled(images, labels, source)
     classes, shown = ordered(listing, sorted(set(labels.values()), key=natural), top)
     number = {c: k for k, c in enumerate(classes)}
