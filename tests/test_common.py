@@ -737,7 +737,7 @@ def test_class_names_of_any_kind_are_drawn(tmp_path, recwarn):
     pictures.class_histograms(tmp_path / "a.png", data, values, keep, "of $HOME", 12, 2.2)
     pictures.cut_montage(tmp_path / "b.png", data, values, keep, values, "$_$")
     history = np.full((3, n), 1 / n)
-    pictures.save_weights(tmp_path / "c.png", NAMES, history, *[np.ones(n)] * 4, 1)
+    pictures.save_weights(tmp_path / "c.png", NAMES, history, *[np.ones(n)] * 5, 0.5, 1)
     assert all((tmp_path / f"{name}.png").stat().st_size > 1000 for name in "abc")
     assert not [w for w in recwarn if "Glyph" in str(w.message)]
     assert pictures.plain("$_$") == r"\$_\$" and pictures.plain("caf\u00e9") == "caf\u00e9" and pictures.plain("\U0010fffd") == r"\U0010fffd"

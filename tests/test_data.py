@@ -645,7 +645,11 @@ def test_mistakes_with_latents(pictures, tmp_path, fake_vae, monkeypatch, capsys
         m.setattr(shutil, "disk_usage", lambda p: SimpleNamespace(free=5000))
         assert "0.0 GB will be written, the disk has 0.0 GB left" in message(only)
     (pictures / "c0" / "0.png").write_bytes(b"broken")
-    assert "0.png: unreadable" in message(only, size=None)
+    assert "several sizes" in message(only, size=None)
+    (tmp_path / "one" / "c").mkdir(parents=True)
+    (tmp_path / "one" / "c" / "0.png").write_bytes(b"broken")
+    save(tmp_path / "one" / "c" / "1.png", noise(8, 8, 3))
+    assert "0.png: unreadable" in message(only, size=None, source=tmp_path / "one")
     save(pictures / "c0" / "0.png", noise(9, 12))
     with monkeypatch.context() as m:
         m.setitem(sys.modules, "diffusers", None)                     # as if it were not installed

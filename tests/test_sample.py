@@ -145,7 +145,7 @@ def test_labels(flow, tmp_path, capsys):
     for bad, word in ((np.full(20, 4), "0..2"), (np.full(20, -1), "-1"), (np.zeros(19, int), "(19,)"), (np.zeros(20), "float64")):
         np.save(tmp_path / "y.npy", bad)
         assert word in refused(capsys, flow, tmp_path / "b", "--labels", tmp_path / "y.npy")
-    assert "no such file" in refused(capsys, flow, tmp_path / "b", "--labels", "balancd")
+    assert "'balancd' is no class" in refused(capsys, flow, tmp_path / "b", "--labels", "balancd")
 
 
 def test_npz_grid_and_record(ddpm, tmp_path):

@@ -727,10 +727,11 @@ def test_every_flag_is_used_by_some_code(script, monkeypatch):
     monkeypatch.setattr(common.Parser, "parse_args", capture)
     with pytest.raises(Crash):
         importlib.import_module(script).parse_args([])
-    source = "".join(f.read_text() for f in (ROOT / f"{script}.py", ROOT / "common/stage.py"))      # common.Stage reads --out and --overwrite
+    source = "".join(f.read_text() for f in (ROOT / f"{script}.py", ROOT / "common/stage.py",     # common.Stage reads --out and --overwrite,
+                                               *[ROOT / f"common/{room}.py" for room in ("sources", "labels") if script == "data"]))
     body = re.sub(r"def parse_args.*?(?=\n\S)", "", source, flags=re.S)
     assert flags and "def parse_args" not in body
-    assert [f for f in flags if not re.search(rf"\b(a|args)(\.|, \"){f}\b", body)] == []
+    assert [f for f in flags if not re.search(rf"\b(a|args|how)(\.|, \"){f}\b", body)] == []
 
 
 def test_wrong_command_lines_are_one_line_each(tiny_data, tmp_path, capsys):
