@@ -376,7 +376,7 @@ def write_pngs(args, source):
             rows = [(name, source.classes[k]) for name, k in zip(names, split.labels)]
             csv.writer(table, lineterminator="\n").writerows([("file_name", "label"), *rows])
             common.save_text(top / "labels.csv", table.getvalue())
-    if args.as_folder == "names" and sorted(folders) != folders:
+    if args.as_folder is True and sorted(folders) != folders:
         common.log("data.py: note: torchvision's ImageFolder sorts the folders by name, so its "
                    f"label 0 is {sorted(folders)[0]!r}, ours {folders[0]!r} (classes.txt); "
                    "--as-folder numbered keeps the labels")
@@ -639,7 +639,8 @@ def parse_args(argv=None):
     p.add_argument("--latents-only", action="store_true", help="with --vae: store no pixels")
     p.add_argument("--batch-size", type=common.count, default=32,
                    help="images that the VAE encodes at a time, over all processes")
-    p.add_argument("--as-folder", nargs="?", const="names", choices=("names", "numbered", "flat"),
+    p.add_argument("--as-folder", nargs="?", const="names", default=False,
+                   choices=("names", "numbered", "flat"),
                    help="write PNG files instead of arrays: in class folders, in numbered ones "
                         "(0_zero), or in one folder beside labels.csv")
     p.add_argument("--skip-bad", action="store_true",
@@ -654,6 +655,9 @@ def parse_args(argv=None):
     if args.size and len(set(args.size)) == 1:
         # As the records of earlier versions have it.
         args.size = args.size[0]
+    if args.as_folder == "names":
+        # As the records of earlier versions have it.
+        args.as_folder = True
     if args.range and not args.range[0] < args.range[1]:
         p.error("--range LO HI: LO must be below HI")
     if args.splits and len(args.splits) > 2:

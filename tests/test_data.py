@@ -357,6 +357,22 @@ def test_resume(folder, tmp_path, capsys):
     assert "--size" in fails(capsys, out, folder, "--size", 4)
 
 
+def test_a_folder_of_an_earlier_version_is_known_again(folder, tmp_path, capsys):
+    """Its record knows none of the newer flags, which left out mean what they meant."""
+    for out, flags in (("o", []), ("png", ["--as-folder"])):
+        run(folder, "--out", tmp_path / out, *flags)
+        file = tmp_path / out / "data.args.json"
+        record = json.loads(file.read_text())
+        known = {"source", "size", "indices", "vae", "latents_only", "as_folder", "skip_bad", "seed"}      # of commit ccc2c20
+        assert set(record["args"]) <= known and record["args"]["as_folder"] is bool(flags)
+        del record["source_state"]
+        file.write_text(json.dumps(record))
+        capsys.readouterr()
+        run(folder, "--out", tmp_path / out, *flags)
+        assert "nothing to do" in capsys.readouterr().out
+    assert "--labels-from" in fails(capsys, tmp_path / "o", folder, "--labels-from", "none")
+
+
 def test_a_call_killed_before_its_record_was_whole(folder, tmp_path, monkeypatch, capsys):
     """dataset.json comes last: where it stands, nothing is left but the record, and the source is not read again."""
     run(folder, "--out", tmp_path / "o")
