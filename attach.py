@@ -126,7 +126,8 @@ def score_images(args, inputs, device, stage):
     repeats = inputs.earlier.get("repeat_correlation")
     if inputs.reference:
         model = inputs.reference[0]
-        shape = (len(stratified_times()), model.channels, model.size, model.size)
+        from models.conditioning import sides
+        shape = (len(stratified_times()), model.channels, *sides(model.size))
         noise, other = (torch.randn(shape, generator=common.generator(args.seed, "difficulty", r))
                         for r in (0, 1))                                 # (T, C, H, W) each
         s, seconds = common.fill(stage.out, "difficulty", inputs.data.labels.shape, np.float32,

@@ -106,8 +106,8 @@ def shape_of(args, images):
             try:
                 return common.read_image(file, None, args.range).pixels.shape    # (H, W, 3)
             except Exception as e:
-                fault = common.fault_of(e)
-            common.need(args.skip_bad, common.unreadable(file, fault))
+                fault = common.pixels.fault_of(e)
+            common.need(args.skip_bad, common.pixels.unreadable(file, fault))
     raise UserError(f"{args.source}: none of the {len(images)} images is readable; mend or replace "
                     "them")
 
@@ -125,7 +125,7 @@ class Decoder:
 
     def __init__(self, args, images, shape):
         self.images = images
-        self.work = functools.partial(common.decode_images, shape=shape, size=args.size,
+        self.work = functools.partial(common.pixels.decode_images, shape=shape, size=args.size,
                                       skip_bad=args.skip_bad, span=args.range,
                                       most=args.max_pixels)
         self.faults = {}    # {row: what is wrong with the image}
@@ -134,7 +134,7 @@ class Decoder:
         # Pixels of this shape are as they should be.
         self.ready = images.shape[1:] == shape and images.dtype == np.uint8
         # --workers counts for a machine: each process of torchrun has its share.
-        share = args.workers // common.from_environment("LOCAL_WORLD_SIZE", 1)
+        share = args.workers // common.processes.from_environment("LOCAL_WORLD_SIZE", 1)
         useful = 1 if self.ready else math.ceil(len(images) / 64)
         self.workers = max(1, min(share, useful))
 
@@ -148,7 +148,7 @@ class Decoder:
         for rows, (pixels, faults, all_grey, extent) in zip(batches, results):
             self.faults |= {int(rows[place]): fault for place, fault in faults.items()}
             self.all_grey &= all_grey
-            self.extent = common.wider(self.extent, extent)
+            self.extent = common.pixels.wider(self.extent, extent)
             yield pixels
 
     def outcome(self):
@@ -157,7 +157,7 @@ class Decoder:
         shares = common.gather((self.faults, self.all_grey, self.extent))
         everyone = common.from_rank0(lambda: shares)
         faults = {row: fault for share in everyone for row, fault in share[0].items()}
-        extent = functools.reduce(common.wider, [share[2] for share in everyone])
+        extent = functools.reduce(common.pixels.wider, [share[2] for share in everyone])
         return dict(sorted(faults.items())), all(share[1] for share in everyone), extent
 
 
@@ -223,7 +223,7 @@ def decode_source(args, source, place):
     for prefix, split in source.splits.items():
         file = place / f"{prefix}images.npy"
         pixels, faults, all_grey, extent = decode_split(args, split.images, file)
-        common.need_bright(args.source, extent, args.range)
+        common.pixels.need_bright(args.source, extent, args.range)
         for row, fault in faults.items():
             common.log(f"data.py: skipped {name_of(split.images, row)} ({fault})")
         split.images = pixels
@@ -376,7 +376,7 @@ def write_pngs(args, source):
             rows = [(name, source.classes[k]) for name, k in zip(names, split.labels)]
             csv.writer(table, lineterminator="\n").writerows([("file_name", "label"), *rows])
             common.save_text(top / "labels.csv", table.getvalue())
-    if args.as_folder == "names" and sorted(folders) != folders:
+    if args.as_folder is True and sorted(folders) != folders:
         common.log("data.py: note: torchvision's ImageFolder sorts the folders by name, so its "
                    f"label 0 is {sorted(folders)[0]!r}, ours {folders[0]!r} (classes.txt); "
                    "--as-folder numbered keeps the labels")
@@ -515,10 +515,10 @@ def open_stage(args):
     """OUT, which stays as it is until begin()."""
     # Of a folder of images and of torchvision's files there is no hash: their path counts.
     kind = common.kind_of(args.source)
-    npz = {"digits": common.DIGITS, "npz": args.source}.get(kind)
+    npz = {"digits": common.sources.DIGITS, "npz": args.source}.get(kind)
     inputs = {"indices": args.indices, "npz": npz}
     if kind == "data":
-        inputs["data"] = common.open_pixels(Path(args.source)).info
+        inputs["data"] = common.sources.open_pixels(Path(args.source)).info
     outputs = ["dataset.json"]
     stale = STALE
     parts = []
@@ -540,7 +540,7 @@ def open_stage(args):
 def state_of_source(args):
     """What tells that a source known by its path has changed; None for the others."""
     if common.kind_of(args.source) in ("folder", "zip", "tar", "parquet"):
-        return common.state_of(args.source)
+        return common.listing.state_of(args.source)
     return None
 
 
@@ -577,17 +577,17 @@ def look_at_files(args, images, most=64):
         for image in images[rows]:
             # What is damaged is named when all are decoded.
             with contextlib.suppress(Exception):
-                size, mode, values = common.about_image(image, args.range)
+                size, mode, values = common.pixels.about_image(image, args.range)
                 sizes.setdefault(f"{size[0]}x{size[1]}", []).append(image)
                 modes[mode] += 1
-                extent = common.wider(extent, values)
+                extent = common.pixels.wider(extent, values)
     counts = collections.Counter({size: len(files) for size, files in sizes.items()})
     text = f"data.py: {len(rows)} looked at: {told(counts)} (width x height), {told(modes)}"
     if extent:
         text += f", values {extent[0]:g} to {extent[1]:g}"
     common.log(text)
-    common.need_range(args.source, extent, args.range)
-    common.need_bright(args.source, extent, args.range)
+    common.pixels.need_range(args.source, extent, args.range)
+    common.pixels.need_bright(args.source, extent, args.range)
     if len(sizes) > 1 and not args.size:
         odd = counts.most_common()[-1][0]
         raise UserError(f"{sizes[odd][0]}: {odd} pixels, and the images are of several sizes "
@@ -625,7 +625,7 @@ def parse_args(argv=None):
     p.add_argument("--label-column", metavar="NAME",
                    help="which column of a table or parquet file is the label")
     p.add_argument("--splits", nargs="+", metavar="NAME",
-                   help="folders of the training and of the held-out images; none: they are classes")
+                   help="folders of training and held-out images; none: they are classes")
     p.add_argument("--range", type=common.number(), nargs=2, metavar=("LO", "HI"),
                    help="values of more than 8 bits that become black and white")
     p.add_argument("--max-pixels", type=common.count, default=MAX_PIXELS,
@@ -639,7 +639,8 @@ def parse_args(argv=None):
     p.add_argument("--latents-only", action="store_true", help="with --vae: store no pixels")
     p.add_argument("--batch-size", type=common.count, default=32,
                    help="images that the VAE encodes at a time, over all processes")
-    p.add_argument("--as-folder", nargs="?", const="names", choices=("names", "numbered", "flat"),
+    p.add_argument("--as-folder", nargs="?", const="names", default=False,
+                   choices=("names", "numbered", "flat"),
                    help="write PNG files instead of arrays: in class folders, in numbered ones "
                         "(0_zero), or in one folder beside labels.csv")
     p.add_argument("--skip-bad", action="store_true",
@@ -654,6 +655,9 @@ def parse_args(argv=None):
     if args.size and len(set(args.size)) == 1:
         # As the records of earlier versions have it.
         args.size = args.size[0]
+    if args.as_folder == "names":
+        # As the records of earlier versions have it.
+        args.as_folder = True
     if args.range and not args.range[0] < args.range[1]:
         p.error("--range LO HI: LO must be below HI")
     if args.splits and len(args.splits) > 2:
@@ -675,7 +679,7 @@ def checked_path(args):
     common.need(path.exists(), f"{args.source}: no such source; give digits, cifar10, hf:NAME, a "
                                "folder of images, or a .zip, .tar, .npz or .parquet file")
     if common.kind_of(str(path)) is None:
-        common.refuse_file(path)
+        common.sources.refuse_file(path)
     path = path.resolve()
     out = args.out.resolve()
     common.need(path.is_file() or path not in (out, *out.parents),

@@ -727,8 +727,9 @@ def pictures(place):
 
     By the same rules as data.py: hidden files and those of the system are none, links are followed.
     """
-    listing = common.list_zip(place) if place.is_file() else common.list_folder(place)
-    names = sorted(filter(common.is_image, listing.files), key=lambda name: name.split("/"))
+    rooms = common.listing
+    listing = rooms.list_zip(place) if place.is_file() else rooms.list_folder(place)
+    names = sorted(filter(rooms.is_image, listing.files), key=lambda name: name.split("/"))
     need(names, f"{place}: no picture in it or below it; give the folder, .zip, .npy or .npz that "
          "holds the samples")
     return {name: listing.files[name] for name in names}
@@ -751,7 +752,7 @@ def read_pictures(place):
              f"first has {images.shape[2]}x{images.shape[1]}; bring all samples to one size")
         images[k] = x
         all_grey &= picture.grey
-        extent = common.wider(extent, picture.extent)
+        extent = common.pixels.wider(extent, picture.extent)
         need(extent is None or 0 <= extent[0] <= extent[1] <= 65535,
              f"{file}: its values run beyond 0..65535; save the samples with 8 bits")
     need(extent is None or extent[1] >= 32768, f"{place}: stored with 16 bits, but no value is "
@@ -859,10 +860,11 @@ def open_run(out, file, samples, data, args):
 
 
 def drawn_with(args):
-    """What says how samples were drawn; the power of guidance only where it has one."""
+    """What says how samples were drawn; what was added later only where it is set."""
     drawn = {key: args[key] for key in DRAWN_WITH}
-    if args.get("cfg_power") is not None:
-        drawn["cfg_power"] = args["cfg_power"]
+    for key in ("cfg_power", "cfg_channels", "time_grid"):
+        if args.get(key) is not None:
+            drawn[key] = args[key]
     return drawn
 
 

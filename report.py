@@ -67,7 +67,8 @@ DRO = (("pruned-dro", "pruned", "DRO reweighting", "the same images unweighted")
 TRAINED_WITH = ("model", "process", "predict", "batch_size", "lr", "schedule", "warmup", "ema",
                 "label_drop", "dropout", "class_std", "grad_clip", "align", "flips", "amp",
                 "mask_ratio", "min_snr", "optimizer", "betas", "lora")
-DRAWN_WITH = ("sampler", "steps", "cfg", "cfg_interval", "cfg_power", "labels")
+DRAWN_WITH = ("sampler", "steps", "cfg", "cfg_interval", "cfg_power", "cfg_channels", "time_grid",
+              "labels")
 SEED = re.compile(r"-seed\d+$")                            # the end of a folder's name
 WITHIN = 0.05                # how near to the full run's last distance counts as reached
 NUMBER = (int, float)

@@ -188,8 +188,9 @@ def train_proxy(args, inputs, stage, device):
 
 def proxy_batch(args, inputs, step, rows, mine, device):
     """x, eps (n, C, H, W) and u (n,) of this rank's part of step n, all drawn from (seed, n)."""
+    from models.conditioning import sides
     settings = inputs.settings
-    shape = (settings["channels"], settings["size"], settings["size"])
+    shape = (settings["channels"], *sides(settings["size"]))
     draws = common.step_draws(args.seed, "reweight", step, len(rows), shape, device,
                               settings["latents"], drop=False)[mine]
     at = inputs.keep[rows[mine].numpy()]

@@ -5,7 +5,7 @@
 #   bash run_all.sh cifar10             CIFAR-10 (ROOT=folder where it already lies), one GPU, an evening
 #   QUICK=1 bash run_all.sh cifar10     the same questions with short runs, sized for 25 minutes of one GPU;
 #                                       the report is renewed after every run
-#   bash run_all.sh FOLDER|FILE.npz     your own images
+#   bash run_all.sh FOLDER|FILE         your own images: a folder, .zip, .tar, .npz or .parquet, or hf:NAME
 #   bash run_all.sh imagenet FOLDER     D2C's own setting on ImageNet's training images (a folder per class);
 #                                       needs downloads: SCORER=DiT-XL-2-256x256.pt REFERENCE=ADM's statistics
 #   bash run_all.sh test                the fast tests
@@ -16,7 +16,8 @@
 # and so do choices:
 #   SURROGATE SCORE ("gaussian moderate" makes two rows) TEXT VISUAL INTERVAL JUDGE, and for weights that lie here
 #   SURROGATE_WEIGHTS VISUAL_WEIGHTS JUDGE_WEIGHTS; for imagenet VAE OFFICIAL (dit, sit or empty) IMAGE_SIZE
-# and flags for the scripts: DRO (reweight.py) TRAIN (train.py) SAMPLER (sample.py).
+# and flags for the scripts: DATA_FLAGS (data.py, as "--labels-from prefix") DRO (reweight.py) TRAIN (train.py) SAMPLER
+#   (sample.py).
 # Output: OUT/<run>/ and OUT/report/report.md; seeds after the first in OUT/<run>-seedN; every command in OUT/plan.txt.
 # Which runs there are, with which flags: common/plan.py.
 set -euo pipefail
@@ -24,14 +25,16 @@ export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-1000}        # idle CPU threads sleep at
 refuse() { echo "run_all.sh: error: $*" >&2; exit 2; }
 
 # ------------------------------------------------------------------ the data set, and paths as seen from where we are
-what=${1:-digits} source=${1:-digits}
+what=${1:-digits}
+what=${what/#\~\//${HOME:-}/} source=$what           # quoted, ~ reaches us as it is
 case "$what" in
 digits|cifar10|test) ;;
 imagenet)
     [ -d "${2:-}" ] || refuse "imagenet needs the folder of its training images, a sub-folder per class:" \
         "bash run_all.sh imagenet FOLDER"
     source=$(realpath "$2") ;;
-*)  [ -e "$what" ] || refuse "$what: neither digits, cifar10 nor test, and no such folder or file"
+hf:*) what=folder ;;
+*)  [ -e "$what" ] || refuse "$what: neither digits, cifar10, hf:NAME nor test, and no such folder or file"
     source=$(realpath "$what") what=folder ;;
 esac
 for path in ROOT SURROGATE_WEIGHTS SCORER VISUAL_WEIGHTS JUDGE_WEIGHTS REFERENCE VAE TEXT; do

@@ -10,6 +10,7 @@ Reads   CHECKPOINT         last.pt or step_*.pt of train.py, with the settings o
                            sigma is not used: see --variance
 Writes  OUT/samples.npy    uint8 (n, H, W, C);  OUT/sample_labels.npy int64 (n,);  OUT/grid.png
         OUT/samples.npz    with --npz: arr_0 and arr_1, the form of ADM's evaluator
+        OUT/png/           with --png flat: a file for each sample; classes: OUT/png-classes/
         With several --cfg each set is named by its guidance: samples_cfg1.5.npy, grid_cfg1.5.png.
         They share labels and start noise, so that only the guidance differs.
 
@@ -22,6 +23,8 @@ Writes  OUT/samples.npy    uint8 (n, H, W, C);  OUT/sample_labels.npy int64 (n,)
 Run the same command again after an interruption: what is there is kept.
 """
 import math
+import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,6 +32,7 @@ import numpy as np
 import torch
 
 import common
+from models.conditioning import sides
 from models.diffusion import SAMPLERS, sample_images, to_uint8
 from models.official import OFFICIAL
 
@@ -45,7 +49,8 @@ def draw_samples(args, inputs, cfg, out, device):
     """OUT/samples.npy of one guidance, by every process its part. Returns a memory map of it."""
     model = inputs.model.to(device, memory_format=torch.channels_last)
     how = dict(sampler=args.sampler, steps=args.steps, cfg=cfg, eta=args.eta,
-               cfg_interval=args.cfg_interval, cfg_power=args.cfg_power, variance=args.variance)
+               cfg_interval=args.cfg_interval, cfg_power=args.cfg_power, variance=args.variance,
+               cfg_channels=args.cfg_channels, time_grid=args.time_grid)
     name = inputs.names[cfg]
     common.log(f"writing {math.prod(inputs.shape) / 2**20:,.1f} MB of samples into "
                f"{out / name}.npy")
@@ -66,9 +71,35 @@ def draw_samples(args, inputs, cfg, out, device):
 
 
 def save_npz(path, pixels, labels):
-    """The form of ADM's evaluator: arr_0 uint8 (n, H, W, C), arr_1 int64 (n,)."""
+    """The form of ADM's evaluator: arr_0 uint8 (n, H, W, 3), arr_1 int64 (n,)."""
+    # It takes three channels, of grey samples three equal ones.
+    pixels = np.broadcast_to(pixels, (*pixels.shape[:3], 3)) if pixels.shape[3] == 1 else pixels
     with common.atomic(path) as tmp, open(tmp, "wb") as f:
         np.savez(f, arr_0=pixels, arr_1=labels)
+
+
+def save_pngs(folder, pixels, labels, form, classes):
+    """A PNG for each sample, which pytorch-fid, clean-fid, torch-fidelity and ImageFolder read."""
+    from PIL import Image
+    # Under its name it is whole: a kill leaves the other one.
+    half = folder.with_name(folder.name + ".part")
+    shutil.rmtree(half, ignore_errors=True)
+    # Numbered, so that programs that sort the folders by name keep the labels.
+    width = len(str(max(labels)))
+    for i, (image, k) in enumerate(zip(pixels, labels)):
+        place = half
+        if form == "classes":
+            name = re.sub(r"[^\w\-. ]+", "_", classes[k] if k < len(classes) else "none")
+            place = half / f"{k:0{width}d}_{name}"
+        place.mkdir(parents=True, exist_ok=True)
+        image = image[..., 0] if image.shape[2] == 1 else image
+        Image.fromarray(image).save(place / f"{i:06d}.png")
+    half.rename(folder)
+
+
+def png_folder(name, form):
+    """What the folder of pictures is called beside samples.npy of this name."""
+    return name.replace("samples", "png") + ("-classes" if form == "classes" else "")
 
 
 def save_first(path, pixels, labels, in_turn):
@@ -90,6 +121,10 @@ def draw_one(args, inputs, cfg, out, device):
     grid = out / f"{name.replace('samples', 'grid')}.png"
     # All may stand where --npz was asked for later.
     if not common.from_rank0(lambda: (out / f"{name}.npy").exists() and grid.exists()):
+        if common.rank() == 0:
+            # Pictures of other samples would pass for those of these.
+            for form in ("flat", "classes"):
+                shutil.rmtree(out / png_folder(name, form), ignore_errors=True)
         draw_samples(args, inputs, cfg, out, device)
     if common.rank() != 0:
         return
@@ -99,6 +134,9 @@ def draw_one(args, inputs, cfg, out, device):
         save_first(grid, pixels, inputs.labels, in_turn)
     if args.npz and not (out / f"{name}.npz").exists():
         save_npz(out / f"{name}.npz", pixels, inputs.labels)
+    folder = out / png_folder(name, args.png)
+    if args.png and not folder.exists():
+        save_pngs(folder, pixels, inputs.labels, args.png, inputs.settings.get("classes") or [])
 
 
 # ---------------------------------------------------------------------------- inputs
@@ -113,15 +151,15 @@ def load_inputs(args, device):
     check_flags(args, process, settings)
     inputs = SimpleNamespace(model=model, process=process, settings=settings,
                              step=state.get("step"), vae=None, scale=None)
-    side = model.size
+    height, width = sides(model.size)
     channels = model.channels
     if settings.get("latents"):
         inputs.vae = open_vae(args, settings, device)
         inputs.scale = settings["latent_scale"]
         # Decoded images: RGB, factor times as wide.
-        side = side * inputs.vae.factor
+        height, width = height * inputs.vae.factor, width * inputs.vae.factor
         channels = 3
-    inputs.shape = (args.num, side, side, channels)           # (n, H, W, C)
+    inputs.shape = (args.num, height, width, channels)        # (n, H, W, C)
     inputs.names = common.sample_names(args.cfg)              # {guidance: name of its files}
     out = Path(args.out)
     # From the first row on the space of a file is reserved.
@@ -129,9 +167,10 @@ def load_inputs(args, device):
                if not ((out / f"{name}.npy").exists() or (out / f"{name}.part.npy").exists())]
     common.need_disk(out, len(missing) * math.prod(inputs.shape))
     inputs.files = {"checkpoint": args.checkpoint, "labels": None}
-    if args.labels not in ("balanced", "random"):
+    if args.labels.endswith(".npy"):
         inputs.files["labels"] = args.labels
-    inputs.labels = make_labels(args.labels, args.num, model.num_classes, args.seed)
+    inputs.labels = make_labels(args.labels, args.num, model.num_classes, args.seed,
+                                settings.get("classes") or [])
     return inputs
 
 
@@ -148,6 +187,12 @@ def check_flags(args, process, settings):
         need(cfg == 1 or settings.get("label_drop") != 0,
              f"--cfg {cfg:g}: {args.checkpoint} was trained without label dropout and knows no "
              "null class to guide from; use --cfg 1")
+    need(args.time_grid is None or process.name == "ddpm",
+         f"--time-grid is of the ddpm samplers, and {args.checkpoint} is a {process.name} model; "
+         "leave it out")
+    need(args.cfg_channels is None or args.cfg_channels < settings.get("channels", 2**40),
+         f"--cfg-channels {args.cfg_channels}: {args.checkpoint} has {settings.get('channels')} "
+         "channels, all of which are guided then; leave it out")
     low, high = args.cfg_interval
     need(low <= high, f"--cfg-interval {low:g} {high:g}: the first must not be larger; 0 is data, "
                       "1 is noise")
@@ -156,8 +201,11 @@ def check_flags(args, process, settings):
          "leave it out")
 
 
-def make_labels(spec, n, num_classes, seed):
-    """(n,) int64: balanced, random, or those of a .npy file, in which K is no class."""
+def make_labels(spec, n, num_classes, seed, classes=()):
+    """(n,) int64: balanced, random, those of a .npy file, or names and numbers in turn.
+
+    K is no class. classes: the names of the checkpoint, where it knows them.
+    """
     if spec == "balanced":
         # In turn, so that any prefix is balanced.
         return np.arange(n) % num_classes
@@ -165,12 +213,35 @@ def make_labels(spec, n, num_classes, seed):
         # Label i comes from (seed, i) alone.
         own = [common.generator(seed, "label", i) for i in range(n)]
         return np.array([torch.randint(num_classes, (), generator=g).item() for g in own], np.int64)
+    if not spec.endswith(".npy"):
+        asked = named_labels(spec, num_classes, classes)              # (m,)
+        return asked[np.arange(n) % len(asked)]
     labels = np.array(common.load_npy(spec, f"labels, int64 ({n},)", (n,), "iu"), np.int64)
     low, high = labels.min(), labels.max()
     common.need(low >= 0 and high <= num_classes,
                 f"{spec}: labels run {low}..{high}, but the model knows 0..{num_classes - 1} "
                 f"({num_classes} = no class); use labels of its classes")
     return labels
+
+
+def named_labels(spec, num_classes, classes):
+    """(m,) int64 of "cat, dog" or "3,3,7"; a name comes before a number."""
+    known = {name.lower(): k for k, name in enumerate(classes)}
+    known.update({name: k for k, name in enumerate(classes)})
+    labels = []
+    # A name may hold a comma itself, as ImageNet's do.
+    for word in [spec] if spec.lower() in known else spec.split(","):
+        word = word.strip()
+        label = known.get(word, known.get(word.lower()))
+        if label is None and word.isdecimal():
+            label = int(word)
+        some = ", ".join(classes[:6]) + (", ..." if len(classes) > 6 else "")
+        common.need(label is not None and label <= num_classes,
+                    f"--labels {spec}: {word!r} is no class; give balanced, random, a .npy file, "
+                    f"numbers 0..{num_classes} ({num_classes} = no class), or names"
+                    + (f" ({some})" if some else ", which this checkpoint does not hold"))
+        labels.append(label)
+    return np.array(labels, np.int64)
 
 
 def open_vae(args, settings, device):
@@ -212,18 +283,31 @@ def parse_args(argv=None):
                    metavar=("LO", "HI"), help="times (0 data, 1 noise) where guidance acts")
     p.add_argument("--cfg-power", type=common.number(above=0, high=100), metavar="S",
                    help="guidance grows from 1 at noise to --cfg at data, as MDT's does with 4")
+    p.add_argument("--cfg-channels", type=common.count, metavar="C",
+                   help="guide the first C channels alone: 3 is what DiT and SiT do with latents")
+    p.add_argument("--time-grid", choices=("trailing", "linspace"),
+                   help="times of the ddpm samplers: equal steps down from T (default), or from T "
+                        "to 0 with both ends, as DiT and ADM have it")
     p.add_argument("--eta", type=common.number(low=0, high=1), default=0.0,
                    help="ddim: 0 deterministic, 1 as random as DDPM")
     p.add_argument("--variance", choices=("beta", "beta-tilde"), default="beta",
                    help="ancestral: variance of a step")
-    p.add_argument("--labels", default="balanced", help="balanced, random, or a .npy of labels")
+    p.add_argument("--labels", default="balanced", nargs="+",
+                   help="balanced, random, a .npy of labels, or names or numbers of classes in "
+                        "turn: cat dog; 3,3,7")
     p.add_argument("--batch-size", type=common.batch_type, default=256,
                    help="samples at a time, over all processes")
     p.add_argument("--amp", choices=common.AMP, default="none", help="precision of the network")
     p.add_argument("--npz", action="store_true", help="also write samples.npz for ADM's evaluator")
+    p.add_argument("--png", choices=("flat", "classes"),
+                   help="also write each sample, as OUT/png/INDEX.png or OUT/png-classes/"
+                        "CLASS/INDEX.png")
     common.add_run_flags(p, "draw again where other samples stand",
                          "sample i depends on (seed, i) alone")
     args = p.parse_args(argv)
+    if isinstance(args.labels, list):
+        # In the record a text, as it always was.
+        args.labels = ",".join(args.labels)
     if isinstance(args.cfg, list):
         # 1.5 and 1.5000001 would share a file.
         if len(set(common.sample_names(args.cfg).values())) < len(args.cfg):
@@ -243,7 +327,9 @@ def main(argv=None):
     outputs = ["sample_labels.npy", *(f"{name}.npy" for name in names)]
     if args.npz:
         outputs += [f"{name}.npz" for name in names]
-    with common.Stage("sample", args, inputs.files, outputs, free=["batch_size", "npz"],
+    if args.png:
+        outputs += [png_folder(name, args.png) for name in names]
+    with common.Stage("sample", args, inputs.files, outputs, free=["batch_size", "npz", "png"],
                       stale=["samples*.np[yz]", "grid*.png"],
                       scraps=["samples*.seconds.json"]) as stage:
         if stage.done:

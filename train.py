@@ -17,6 +17,8 @@ Writes  OUT/last.pt, step_*.pt (EMA only), stats.jsonl, loss.png, samples_*.png,
 
 To resume, or to go on for more --steps, run the same command again.
 
+    python train.py --data data/digits --process ddpm --predict v --out runs/digits/v
+
 --predict v suits a DDPM that will be sampled in few steps (Salimans & Ho 2022). --class-std 1 suits
 runs of a few hundred steps, too few for class embeddings that start at 0.02 to come apart. With
 --recompute a network trains whose batch would exceed the memory, a third slower.
@@ -31,6 +33,7 @@ import contextlib
 import copy
 import functools
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -41,7 +44,7 @@ import torch.nn as nn
 import common
 from models.build import MODELS, build, init_from, knows
 from models.conditioning import (Projector, alignment_loss, drop_labels, match_grid,
-                                 mean_token_cosine)
+                                 mean_token_cosine, sides)
 from models.diffusion import (SCALED_LINEAR, diffusion_loss, generate, make_process, snr_weight,
                               to_uint8)
 from models.official import OFFICIAL
@@ -102,7 +105,7 @@ class Objective(nn.Module):
         # (n,) and the network's tokens (n, T', D)
         loss, tokens = diffusion_loss(self.process, self.model, x, u, eps, y, tokens_after=after)
         projected = self.projector(tokens)                            # (n, T', d)
-        return loss, alignment_loss(projected, match_grid(v, tokens.shape[1]))
+        return loss, alignment_loss(projected, match_grid(v, tokens.shape[1], self.model.grid))
 
     def masked(self, x, u, eps, y, kept):
         """The loss (n,) over all tokens, hidden ones too, of a pass that encodes the kept ones."""
@@ -261,6 +264,7 @@ class Log:
     def __init__(self, run, device):
         self.file = run.out / "stats.jsonl"
         self.run = run
+        self.board = open_board(run) if run.args.tensorboard and common.rank() == 0 else None
         self.device = device
         self.rows = []
         if self.file.exists():
@@ -323,9 +327,25 @@ class Log:
         if common.rank() == 0:
             with open(self.file, "a", encoding="utf-8") as f:
                 f.write(json.dumps(row) + "\n")
+        if self.board:
+            for name in ("diffusion", "masked", "align", "grad_norm", "lr"):
+                if name in row:
+                    self.board.add_scalar(name, row[name], run.step)
+            self.board.flush()
         run.bar.set_postfix(loss=f"{row['diffusion']:.4f}", refresh=False)
         self.reset()
         return row
+
+
+def open_board(run):
+    """TensorBoard's writer of a run; UserError with the pip command where it is missing."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as e:
+        raise common.UserError("--tensorboard needs a package that is not installed: pip install "
+                               "tensorboard; or leave it out, stats.jsonl holds the same") from e
+    # Steps behind the checkpoint are done again: what was written of them is dropped.
+    return SummaryWriter(str(run.out / "tensorboard"), purge_step=run.step + 1)
 
 
 def refuse_divergence(run, row):
@@ -345,7 +365,7 @@ def train(args, inputs, stage, device):
     """The loop. Returns what is worth recording."""
     settings = inputs.settings
     latents = settings["latents"]
-    shape = (settings["channels"], settings["size"], settings["size"])         # (C, H, W)
+    shape = (settings["channels"], *sides(settings["size"]))         # (C, H, W)
     net = inputs.net.to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(net.model).eval().requires_grad_(False)
     # The moving average is of the network alone: sampling needs no projector.
@@ -421,6 +441,10 @@ def train(args, inputs, stage, device):
                 # The EMA is in eval mode; the trained weights would draw worse.
                 file = stage.out / f"samples_{done:07d}.png"
                 preview(ema, net.process, settings, device, file, args.seed)
+                if log.board:
+                    from PIL import Image
+                    picture = np.asarray(Image.open(file).convert("RGB"))
+                    log.board.add_image("samples", picture, done, dataformats="HWC")
         # A good checkpoint is never replaced in the middle of a divergence.
         if saving and run.bad.in_a_row() <= 2:
             save(run, ema, keep=common.is_due(done, args.checkpoint_every))
@@ -474,7 +498,8 @@ def describe(args, inputs, run, feed, device):
                    "each step")
     if inputs.visual is None:
         return None
-    constant = mean_token_cosine(inputs.visual[:4096], net.model.grid ** 2)
+    grid = net.model.grid
+    constant = mean_token_cosine(inputs.visual[:4096], math.prod(sides(grid)), grid=grid)
     common.log(f"alignment: one constant vector reaches the cosine {constant:.3f}; less than that "
                "has learned nothing")
     return constant
@@ -574,6 +599,8 @@ def load_inputs(args):
 
 def load_start(args, inputs):
     """The checkpoint of --init; official weights know their network and process."""
+    common.need(args.init or not args.init_classes, "--init-classes says what becomes of the "
+                "classes of --init; give --init CHECKPOINT, or leave it out")
     common.need(args.init or not args.official,
                 f"--official {args.official} says what --init holds; give --init CHECKPOINT, or "
                 "leave it out")
@@ -623,7 +650,7 @@ def fill_flags(args, data):
     if args.preset is None:
         if data.latents is not None:
             args.preset = "mdt" if (args.model or "").startswith("MDT") else "imagenet"
-        elif data.images.shape[1] <= 16:
+        elif max(data.images.shape[1:3]) <= 16:
             args.preset = "digits"
         else:
             args.preset = "cifar10"
@@ -721,13 +748,17 @@ def load_network(args, inputs):
     with common.user_errors():
         model = build(inputs.settings, inputs.text, inputs.mask)
         if inputs.init is not None:
-            init_from(model, inputs.init, args.init)
+            init_from(model, inputs.init, args.init, args.init_classes == "new")
     inputs.init = None                               # that of a large network is let go
     projector = None
     if inputs.visual is not None:
         # The network's own start must not depend on the projector.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(args.seed + 1)
+            first = torch.from_numpy(np.array(inputs.visual[:1, ..., :1])).flatten(0, -3)
+            with common.reading(Path(args.attach) / "visual.npy", "file of tokens for this network",
+                                "run attach.py again"):
+                match_grid(first, math.prod(sides(model.grid)), model.grid)
             width = model.token_width
             # 2048 is REPA's, for networks of at least 384.
             hidden = 2048 if width >= 384 else 4 * width
@@ -771,6 +802,8 @@ def parse_args(argv=None):
                    help="MDT: least share of hidden tokens in its second pass, 0 for none; "
                         "default 0.3")
     p.add_argument("--init", help="checkpoint whose EMA is the start, or official weights")
+    p.add_argument("--init-classes", choices=("new",),
+                   help="with --init: the class table starts anew, for other classes than its own")
     p.add_argument("--official", choices=OFFICIAL,
                    help="--init holds official weights of this kind; sets --model and --process")
     p.add_argument("--steps", type=common.number(int, low=0, high=2**40), help="optimizer steps")
@@ -805,6 +838,9 @@ def parse_args(argv=None):
     p.add_argument("--sample-every", type=common.number(int, low=0), default=0,
                    help="steps between sample pictures, 0 for the last only")
     p.add_argument("--log-every", type=common.count, default=50, help="steps between log lines")
+    p.add_argument("--tensorboard", action="store_true",
+                   help="also write the log lines and pictures for TensorBoard, into "
+                        "OUT/tensorboard (pip install tensorboard)")
     common.add_run_flags(p, "start again where another run stands; its samples and figures go too",
                          "seed of everything random")
     return p.parse_args(argv)
@@ -822,7 +858,7 @@ def main(argv=None):
         return steps_left(last, common.load_pt(last), args.steps) == 0
 
     # A run with a constant rate can be prolonged.
-    free = ["checkpoint_every", "sample_every", "log_every"]
+    free = ["checkpoint_every", "sample_every", "log_every", "tensorboard"]
     if args.schedule == "constant":
         free.append("steps")
     # Samples and figures of a run that is made anew must not pass for the new run's.

@@ -7,25 +7,20 @@ import functools
 import importlib
 
 ROOMS = {
-    "errors": "UserError need reading user_errors",
-    "processes": "world rank from_environment get_device single_process barrier all_reduce shard "
-                 "from_rank0 gather log progress",
-    "workers": "open_pool work_ahead",
+    "errors": "UserError need reading user_errors", "stage": "Stage claim provenance",
+    "processes": "world rank get_device single_process barrier all_reduce shard from_rank0 gather "
+                 "log progress",
     "cli": "Parser number count batch_type add_run_flags add_list_flag",
     "files": "atomic sweep need_disk free_for_output allocate save_npy save_pt save_text "
              "save_json load_npy load_npz load_pt load_json load_record load_lines fields "
              "check_finite sound_rows named_twice sha256",
-    "stage": "Stage claim provenance",
-    "rowfill": "fill fill_features fill_tokens",
+    "workers": "open_pool work_ahead", "rowfill": "fill fill_features fill_tokens",
     "origins": "upstream record_of sample_names samples_of device_seconds",
     "inputs": "open_data check_classes rows_by_class load_features load_scores check_origin "
               "load_indices open_kept_images text_tokens load_checkpoint open_checkpoint "
               "open_scorer open_encoder open_judges networks_in",
-    "pixels": "adm_crop to_levels read_image about_image decode_images need_range need_bright "
-              "wider fault_of unreadable",
-    "listing": "list_folder list_zip state_of is_image natural",
-    "containers": "way_in", "labels": "arrange", "signals": "",
-    "sources": "DIGITS kind_of read_source refuse_file open_pixels",
+    "pixels": "adm_crop read_image", "listing": "", "containers": "", "labels": "",
+    "sources": "kind_of read_source", "signals": "",
     "loop": "AMP autocast generator random_scores fast_float32 share_out Draws step_draws lr_at "
             "optimizer_of backward optimizer_step",
     "training": "training_source need_even_batch load_kept load_class_weights load_text "

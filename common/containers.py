@@ -29,6 +29,7 @@ PACKED = {
             "torchvision.datasets.LSUN for LSUN",
     ".tar": "tar files; data.py reads them where they are not compressed and hold images",
     ".tgz": "a compressed tar; unpack it: tar -xzf FILE",
+    ".tar.gz": "a compressed tar; unpack it: tar -xzf FILE",
     ".gz": "compressed files; unpack them (MNIST: torchvision.datasets.MNIST, then .data and "
            ".targets into np.savez(path, images=..., labels=...))",
     ".bz2": "compressed files; unpack them",
@@ -37,7 +38,7 @@ PACKED = {
     ".7z": "an archive; unpack it: 7z x FILE",
     ".rar": "an archive; unpack it: unrar x FILE",
     ".zip": "zip files; give data.py the zip itself, it need not be unpacked",
-    ".tfrecord": "TFRecords; pip install tensorflow-datasets and write each image to a class folder",
+    ".tfrecord": "TFRecords; pip install tensorflow-datasets and write the images to class folders",
     ".mat": "MATLAB files; torchvision.datasets.SVHN, or scipy.io.loadmat, then np.savez(path, "
             "images=..., labels=...)",
     ".h5": "HDF5; h5py, then np.savez(path, images=..., labels=...)",
@@ -65,8 +66,8 @@ def way_in(listing, folder):
         return (f"{where}: CIFAR-10's own batches; use them with: python data.py cifar10 --root "
                 f"{where}")
     if {"train", "meta"} <= set(names):
-        return (f"{where}: CIFAR-100's own batches; torchvision.datasets.CIFAR100(root, True) reads "
-                "them, then .data and .targets into np.savez(path, images=..., labels=...)")
+        return (f"{where}: CIFAR-100's own batches; torchvision.datasets.CIFAR100(root, True) "
+                "reads them, then .data and .targets into np.savez(path, images=..., labels=...)")
     kinds = Counter(kind for name in names for kind in (*PACKED, *PICTURES) if name.endswith(kind))
     if not kinds:
         return ""

@@ -1,5 +1,6 @@
 """What the stages read of each other: data folder, kept indices, checkpoint, encoder by name."""
 import argparse
+import os
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -231,9 +232,10 @@ def open_scorer(path, data, official=None):
     scale: by which it wants the latents; None where it takes pixels. Official weights name no
     classes: theirs are taken to be in the order of the folder.
     """
+    from models.conditioning import sides
     state, model, process = open_checkpoint(path, official)
     known = state["args"]
-    wants = (model.channels, model.size, model.size)                     # (C, H, W)
+    wants = (model.channels, *sides(model.size))                         # (C, H, W)
     has = {}
     if data.images is not None:
         has["images"] = (data.images.shape[3], *data.images.shape[1:3])
@@ -327,6 +329,10 @@ def make_scratch(path, data, device, count=1):
     states = networks_in(path)
     if len(states) >= count:
         return
+    # Looked at first: what took minutes could not be kept.
+    need(os.access(data.folder, os.W_OK),
+         f"{path}: the scratch network is kept there, and {data.folder} cannot be written to; make "
+         f"a folder of links that can: cp -rs {data.folder.resolve()} MINE, and give --data MINE")
     sweep(data.folder)               # a killed call may have left its half of the file
 
     def train(seed):

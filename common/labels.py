@@ -26,6 +26,11 @@ HELD = {"val", "valid", "validation", "dev", "eval", "evaluation", "heldout", "h
 FILLERS = {"set", "data", "dataset", "images", "image", "imgs", "img", "seg", "split", "folder",
            "final", "the", "out", "hold", "held", "pictures", "photos", "samples"}
 FOLDERS = "class folders"
+# Folders of images, and of what lies beside them for other tasks.
+PLAIN = {"images", "image", "imgs", "img", "jpegimages", "photos"}
+BESIDE = {"annotations", "annotation", "masks", "mask", "labels", "label", "trimaps",
+          "segmentation", "segmentations", "segmentationclass", "ground_truth", "groundtruth", "gt",
+          "depth"}
 TABLES = (".csv", ".tsv", ".jsonl")
 LABEL_COLUMNS = {"label", "labels", "class", "classes", "category", "categories", "target",
                  "class_name", "classname", "label_name", "class_id", "label_id", "y"}
@@ -147,26 +152,43 @@ def no_splits_below(listing, root, below):
 
 # ------------------------------------------------------------------------------------ tables
 class Names:
-    """Finds the image that an entry of a table means: by path, by file name, without suffix."""
+    """Finds the image that an entry of a table means: by path, by file name, without suffix.
 
-    def __init__(self, images, roots):
-        self.exact = {}
+    images: names in the listing; table: that of the table; taken: images of the other split, whose
+    file names mean them. find() gives None where there is no such file, "" where it is no image of
+    these.
+    """
+
+    def __init__(self, listing, images, table, taken=()):
+        root = table.rpartition("/")[0]
+        self.start = root + "/" if root else ""
+        self.files = listing.files
+        self.images = set(images)
         self.base = {}
         self.stem = {}
-        for name in images:
-            for root in roots:
-                if not root or name.startswith(root + "/"):
-                    self.exact[name[len(root) + 1 if root else 0:]] = name
+        for name in (*images, *taken):
             base = name.rpartition("/")[2]
             # None: two images share it.
             for known, key in ((self.base, base), (self.stem, os.path.splitext(base)[0])):
                 known[key] = None if key in known else name
+        for name in taken:
+            base = name.rpartition("/")[2]
+            self.base[base] = self.stem[os.path.splitext(base)[0]] = None
 
     def find(self, entry):
-        """The name of the image, or None."""
         entry = str(entry).strip().replace("\\", "/").removeprefix("./")
+        if self.start + entry in self.files:
+            name = self.start + entry
+            return name if name in self.images else ""
         base = entry.rpartition("/")[2]
-        return self.exact.get(entry) or self.base.get(base) or self.stem.get(base)
+        return self.base.get(base) or self.stem.get(base)
+
+
+def is_of(table, kind):
+    """Whether a table may be of a split of this kind: train.csv is not of the held-out images."""
+    words = re.findall(r"[^\W\d_]+", table.rpartition("/")[2].lower())
+    kinds = {k for k, known in (("train", TRAIN), ("held", TEST | HELD)) if known & set(words)}
+    return not kinds or kind in kinds
 
 
 def read_table(listing, name):
@@ -186,10 +208,12 @@ def read_table(listing, name):
 
 
 def file_column(columns, rows, names):
-    """(the column that names the images, how many of its entries are found)."""
-    found = {c: sum(names.find(row.get(c)) is not None for row in rows) for c in columns}
-    best = max(columns, key=found.get, default=None)
-    return best, found.get(best, 0)
+    """(the column that names the images, how many of its entries are images of these)."""
+    # Different ones: labels 0 and 1 are names of files, too, where there are 0.png and 1.png.
+    known = {c: len({str(row.get(c)) for row in rows if names.find(row.get(c)) is not None})
+             for c in columns}
+    best = max(columns, key=known.get, default=None)
+    return best, sum(bool(names.find(row.get(best))) for row in rows)
 
 
 def label_column(where, columns, asked):
@@ -205,29 +229,37 @@ def label_column(where, columns, asked):
     return choice[0]
 
 
-def table_labels(listing, name, images, roots, asked):
-    """{image: label} by a table, or None where it names none of the images."""
-    names = Names(images, roots)
+def table_labels(listing, name, images, taken, asked, sure=False):
+    """{image: label} by a table, or None where it names none of the images.
+
+    sure: None as well where no column is called as those of labels are.
+    """
+    names = Names(listing, images, name, taken)
     where = listing.where(name)
     columns, rows = read_table(listing, name)
     column, found = file_column(columns, rows, names)
     if not found:
         return None
-    label = label_column(where, [c for c in columns if c != column], asked)
+    rest = [c for c in columns if c != column]
+    if sure and not asked and not any(c.strip().lower() in LABEL_COLUMNS for c in rest):
+        log(f"data.py: note: {where} names the images, but no column of it is called a label; the "
+            "folders are used (--label-column NAME)")
+        return None
+    label = label_column(where, rest, asked)
     labels = {}
     for number, row in enumerate(rows, 2):
         image = names.find(row[column])
         value = word_of(row.get(label))
-        if image is None:
+        if not image:
             continue
         need(value, f"{where}: row {number} ({row[column]}) has no {label}; fill it or remove it")
         need(labels.get(image, value) == value, f"{where}: {row[column]} has two labels, "
                                                 f"{labels.get(image)} and {value}; give it one")
         labels[image] = value
-    missing = len(rows) - found
-    if missing:
-        lost = next(row[column] for row in rows if names.find(row[column]) is None)
-        log(f"data.py: warning: {where} names {missing} files that are not there, the first {lost}")
+    lost = [row[column] for row in rows if names.find(row[column]) is None]
+    if lost:
+        log(f"data.py: warning: {where} names {len(lost)} files that are not there, the first "
+            f"{lost[0]}")
     many = len(set(labels.values()))
     need(many <= max(10, len(labels) // 2), f"{where}: {label} has {many} values for {len(labels)} "
          "images, which are no classes; say with --label-column which column is, or --labels-from "
@@ -243,7 +275,7 @@ def word_of(value):
     return word.removesuffix(".0") if re.fullmatch(r"\d+\.0", word) else word
 
 
-def edm_labels(listing, name, images, roots):
+def edm_labels(listing, name, images, taken):
     """{image: label} by a dataset.json of EDM or StyleGAN; {} where it has none (labels: null).
 
     None where it is something else.
@@ -255,17 +287,19 @@ def edm_labels(listing, name, images, roots):
     if pairs is None:
         return {}
     where = listing.where(name)
-    with reading(where, "dataset.json of EDM: labels are [[file, label], ...]", "make it again"):
+    with reading(where, "dataset.json of EDM: labels are [[file, label], ...]",
+                 "make it again, or look elsewhere with --labels-from folders"):
         pairs = list(pairs.items()) if isinstance(pairs, dict) else [(a, b) for a, b in pairs]
     vectors = [a for a, b in pairs if isinstance(b, (list, dict))]
     need(not vectors, f"{where}: the label of {vectors[:1]} is a vector; this kit takes one class "
                       "an image")
-    names = Names(images, roots)
+    names = Names(listing, images, name, taken)
     labels = {}
     for file, label in pairs:
         image = names.find(file)
-        need(image, f"{where}: {file} is not there; is the data set complete?")
-        labels[image] = word_of(label)
+        need(image is not None, f"{where}: {file} is not there; is the data set complete?")
+        if image:
+            labels[image] = word_of(label)
     return labels
 
 
@@ -355,10 +389,11 @@ def ordered(listing, classes, top):
 
 
 # ------------------------------------------------------------------------------------ all of it
-def labels_of(listing, root, tops, how, images):
+def labels_of(listing, root, tops, how, images, taken=None):
     """({image: label}, in words where they come from) of a split, or ({}, ...) without classes.
 
-    tops: where a table or dataset.json may lie. how: labels_from, label_column.
+    tops: where a table or dataset.json may lie. how: labels_from, label_column. taken: of a
+    held-out split the training images.
     """
     given = how.labels_from
     if given == "none":
@@ -369,7 +404,9 @@ def labels_of(listing, root, tops, how, images):
         need(listing.children(root), f"{listing.where(root)}: --labels-from folders, but it holds "
                                      "no folder")
         return folder_labels(listing, root, images), FOLDERS
-    by_file = labels_by_file(listing, tops, how, images)
+    by_file = labels_by_file(listing, tops, how, images, taken)
+    if by_file and given == "auto":
+        check_agreement(listing, root, images, *by_file)
     if by_file:
         return by_file
     need(given == "auto", f"--labels-from {given}: no such file in {listing.where(tops[-1])} that "
@@ -383,10 +420,38 @@ def labels_of(listing, root, tops, how, images):
     if not labels:
         say_prefixes(images)
         return {}, "no labels"
+    check_classes(listing, root, folders, len(images) - len(labels), len(labels))
     return labels, FOLDERS
 
 
-def labels_by_file(listing, tops, how, images):
+def check_classes(listing, root, folders, loose, inside):
+    """UserError where folders look as if they were no classes."""
+    flags = "say --labels-from folders where they are classes, none where all images are one class"
+    need(loose <= inside, f"{listing.where(root)}: {loose} images lie beside the folders "
+                          f"{', '.join(folders[:3])}, and {inside} in them; {flags}")
+    words = {f.lower() for f in folders}
+    beside = words & BESIDE
+    need(not (words & PLAIN and beside), f"{listing.where(root)}: {', '.join(folders[:4])} look "
+         "like images and what belongs to them, not like classes; give the folder of the images "
+         f"itself, or {flags}")
+
+
+def check_agreement(listing, root, images, labels, source):
+    """UserError where a table divides the images otherwise than the folders they lie in."""
+    folders = listing.children(root)
+    table = source.lower().endswith(TABLES)
+    if not table or not folders or are_shards(listing, root, folders, images):
+        return
+    mine = folder_labels(listing, root, images, quiet=True)
+    pairs = {(mine[n], labels[n]) for n in images if n in mine and n in labels}
+    # One folder around all images says nothing.
+    same = len(pairs) == len({a for a, _ in pairs}) == len({b for _, b in pairs})
+    need(same or len({a for a, _ in pairs}) == 1,
+         f"{source} and the folders {', '.join(folders[:3])} divide the images otherwise; say "
+         "which are the classes: --labels-from folders, or --labels-from FILE")
+
+
+def labels_by_file(listing, tops, how, images, taken):
     """labels_of by a dataset.json, a table or files beside the images; else None."""
     asked = [n for top in tops for n in listing.loose(top)]
     if how.labels_from != "auto":
@@ -394,7 +459,7 @@ def labels_by_file(listing, tops, how, images):
     for name in asked:
         if name.rpartition("/")[2] == "dataset.json" or (
                 how.labels_from != "auto" and name.endswith(".json")):
-            labels = edm_labels(listing, name, images, tops)
+            labels = edm_labels(listing, name, images, taken or ())
             if labels is not None:
                 return labels, listing.where(name)
     if how.labels_from == "auto":
@@ -405,8 +470,11 @@ def labels_by_file(listing, tops, how, images):
     for name in asked:
         base = name.rpartition("/")[2].lower()
         # A submission's labels are placeholders.
-        if base.endswith(TABLES) and ("submission" not in base or how.labels_from != "auto"):
-            labels = table_labels(listing, name, images, tops, how.label_column)
+        fits = "submission" not in base and is_of(name, "train" if taken is None else "held")
+        if base.endswith(TABLES) and (fits or how.labels_from != "auto"):
+            # Beside class folders a table is only one of labels where it says so.
+            sure = how.labels_from == "auto" and bool(listing.children(tops[0]))
+            labels = table_labels(listing, name, images, taken or (), how.label_column, sure)
             if labels:
                 found[name] = labels
     if not found:
@@ -440,14 +508,17 @@ def arrange(listing, how):
         top = ""
     train, held = find_splits(listing, top, how.splits)
     root = unwrap(listing, train)
-    say_unwrapped(listing, "", root)
+    # A folder around the splits is nothing to speak of.
+    say_unwrapped(listing, train if train != top else "", root)
     images = images_in(listing, train)
-    need(images, no_image(listing, train, "folder"))
+    if not images:
+        raise UserError(no_image(listing, train, "folder"))
     labels, source = labels_of(listing, root, tops_of(root, train, top), how, images)
     if source == FOLDERS:
         empty = sorted(set(listing.children(root)) - set(labels.values()), key=natural)
-        need(not empty, no_image(listing, "/".join(filter(None, [root, *empty[:1]])),
-                                 "class folder"))
+        if empty:
+            folder = f"{root}/{empty[0]}" if root else empty[0]
+            raise UserError(no_image(listing, folder, "class folder"))
     images = labelled(images, labels, source)
     classes, shown = ordered(listing, sorted(set(labels.values()), key=natural), top)
     number = {c: k for k, c in enumerate(classes)}
@@ -502,15 +573,16 @@ def held_out(listing, place, top, how, out, number):
     root = unwrap(listing, place)
     images = images_in(listing, place)
     if not images:
+        log(f"data.py: warning: {listing.where(place)} holds no image and is left out")
         return False
-    labels, source = labels_of(listing, root, tops_of(root, place, top), how, images)
+    labels, source = labels_of(listing, root, tops_of(root, place, top), how, images, out.train[0])
     if number and not labels:
         log(f"data.py: warning: {listing.where(place)} has no labels and is left out")
         return False
     theirs = set(labels.values())
     need(theirs <= set(number) and bool(theirs) == bool(number),
          f"{listing.where(place)}: its classes do not match those of "
-         f"{listing.where(out.train[2])}; both need the same names")
+         f"{listing.where(out.train[2])}; both need the same names (--splits TRAIN leaves it out)")
     out.test = in_order(labelled(images, labels, source), labels, number, source, root)
     out.places.append(place)
     out.strangers += strangers(listing, place)

@@ -134,8 +134,9 @@ def glyph_fonts():
     """{name: the characters it draws} of matplotlib's own font and of those for far scripts."""
     from matplotlib import font_manager, ft2font, rcParams
     # Of each of these that is installed; the list is of names, for looking into all takes seconds.
-    wanted = re.compile("Noto Sans (CJK|SC|JP|KR)|WenQuanYi|SimHei|Microsoft YaHei|PingFang|Hiragino|"
-                        "Source Han Sans|Droid Sans Fallback|Arial Unicode|IPAGothic|Nanum|Unifont")
+    wanted = re.compile("Noto Sans (CJK|SC|JP|KR)|WenQuanYi|SimHei|Microsoft YaHei|PingFang|"
+                        "Hiragino|Source Han Sans|Droid Sans Fallback|Arial Unicode|IPAGothic|"
+                        "Nanum|Unifont")
     own = rcParams["font.sans-serif"][:1]
     files = {name: font_manager.findfont(name) for name in own}
     files.update({f.name: f.fname for f in font_manager.fontManager.ttflist

@@ -53,7 +53,7 @@ def adm_crop(image, size):
 
 
 def to_levels(values, span=None):
-    """uint8 of numbers with more than 8 bits, linear from span = (LO, HI); 0 to 65535 without it."""
+    """uint8 of numbers with more than 8 bits, linear from span = (LO, HI), else 0 to 65535."""
     if span is None:
         # 65535 = 255 * 257, rounded to the nearest level.
         v = np.asarray(values).astype(np.int64).clip(0, 65535)
@@ -99,8 +99,8 @@ def to_rgb(image, span=None):
 
 
 def wide_colour(image):
-    """Whether an image that is not loaded yet stores colours of 16 bits, of which Pillow keeps 8."""
-    return image.mode not in GREY and any(";16" in str(tile[3]) for tile in image.tile)
+    """Whether an image, not loaded yet, stores colours of 16 bits, of which Pillow keeps 8."""
+    return image.mode[0] not in "IF" and any(";16" in str(tile[3]) for tile in image.tile)
 
 
 def open_image(source):
@@ -132,8 +132,8 @@ def read_image(source, size=None, span=None):
             low, high = extent_of(np.asarray(image))
             extent = (257 * low, 257 * high)
         if float_pixels and not span:
-            raise ValueError(f"float pixels, {extent[0]:g} to {extent[1]:g}: say with --range LO HI "
-                             "what is black and what is white")
+            raise ValueError(f"float pixels, {extent[0]:g} to {extent[1]:g}: say with --range LO "
+                             "HI what is black and what is white")
         if size:
             image = adm_crop(image, size)
         return Picture(np.asarray(image), grey, extent)
@@ -144,6 +144,8 @@ def about_image(source, span=None):
     with open_image(source) as image:
         wide = wide_colour(image)
         mode = f"{image.mode} of 16 bits" if wide else image.mode
+        if getattr(image, "is_animated", False):
+            mode += " of several frames, the first of which is used,"
         size = image.size
         with contextlib.suppress(Exception):
             if image.getexif().get(0x112) in (5, 6, 7, 8):
@@ -174,8 +176,8 @@ def need_range(name, extent, span):
     if extent is None or span:
         return
     low, high = extent
-    need(low >= 0 and high <= 65535, f"{name}: its values run {low:g} to {high:g}, beyond 0..65535; "
-                                     "say with --range LO HI what is black and what is white")
+    need(low >= 0 and high <= 65535, f"{name}: its values run {low:g} to {high:g}, beyond "
+         "0..65535; say with --range LO HI what is black and what is white")
 
 
 def need_bright(name, extent, span):

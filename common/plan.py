@@ -9,6 +9,7 @@ list of scores or range of a number is repeated: run_all.py has the scripts look
 import contextlib
 import importlib
 import importlib.util
+import os
 import re
 import shlex
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ DEFAULTS = dict(
     STEPS="20000", PER_CLASS="100", NUM_SAMPLES="10000", KEEP="0.1", SEEDS="0", SIZE="", MODEL="",
     PROCESS="", RUNS=ALL_RUNS, NPROC="1", DEVICE="auto", REPORT="short", TRAJECTORY="", QUICK="",
     SURROGATE="", SCORE="gaussian", TEXT="minilm", VISUAL="", INTERVAL="auto", JUDGE="", JUDGES="",
-    DRO="", TRAIN="", SAMPLER="", GUIDANCE="1 1.5", SCORER_STEPS="", SHORT="", OUT="", ROOT="",
+    DATA_FLAGS="", DRO="", TRAIN="", SAMPLER="", GUIDANCE="1 1.5", SCORER_STEPS="", SHORT="", OUT="", ROOT="",
     SCORER="", REFERENCE="", SURROGATE_WEIGHTS="", VISUAL_WEIGHTS="", JUDGE_WEIGHTS="", OFFICIAL="dit",
     VAE="stabilityai/sd-vae-ft-ema", IMAGE_SIZE="256")
 OF_DATA = {
@@ -84,6 +85,9 @@ def choices_of(what, env):
         given = env.get(name)
         if given or (given == "" and name in MAY_BE_EMPTY):
             value = given
+        if value == "~" or value.startswith("~/"):
+            # In quotes a shell leaves it as it is.
+            value = os.path.expanduser(value)
         setattr(c, name, " ".join(value.split()) if name in LISTS else value)
     if what == "digits" and not c.KEEP and not c.SHORT:
         c.SHORT = str(max(1, integer(c.STEPS, 10) // 10))  # 15 images of a class are a tenth
@@ -105,7 +109,7 @@ def check_choices(what, c):
         # 0 and 00 would be two names of one repetition.
         need(seed == "0" or not seed.startswith("0"),
              f"SEEDS={c.SEEDS}: must be without leading zeros")
-    for name in ("TRAIN", "DRO", "SAMPLER"):
+    for name in ("DATA_FLAGS", "TRAIN", "DRO", "SAMPLER"):
         with reading(name, "list of flags", "close the quotation"):
             shlex.split(getattr(c, name))
     for name in LISTS:
@@ -179,6 +183,13 @@ def choose_networks(c, side):
             setattr(c, name, network)
 
 
+def own_name(source):
+    """The name of a user's data set: that of the folder or file; hf:owner/name is owner-name."""
+    if source.startswith("hf:"):
+        return source.removeprefix("hf:").replace("/", "-").replace(":", "-")
+    return re.sub(r"\.(npz|zip|tar|parquet)$", "", Path(source).name, flags=re.I)
+
+
 class Comparison:
     """The commands of all runs; each comparison changes one thing.
 
@@ -190,7 +201,7 @@ class Comparison:
         self.source = source
         self.c = c
         self.one_class = one_class
-        name = Path(source.removesuffix(".npz")).name if what == "folder" else what
+        name = own_name(source) if what == "folder" else what
         if what == "folder" and (name in OF_DATA or Path("data", name).resolve() == Path(source)):
             name = f"my-{name}"              # data/photos is not overwritten by what is made of it
         if what == "cifar10" and c.SIZE:
@@ -238,7 +249,8 @@ class Comparison:
                      batch_size=64 * int(c.NPROC), device=c.DEVICE, out=self.data)
         else:
             root = c.ROOT if self.what == "cifar10" else ""
-            self.add("data.py", self.source, root=root, size=c.SIZE, out=self.data)
+            self.add("data.py", self.source, root=root, size=c.SIZE.split() or "", more=c.DATA_FLAGS,
+                     out=self.data)
 
     def prune(self, run, score, budget, **surrogate):
         """Returns the file of kept indices."""

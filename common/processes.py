@@ -29,7 +29,7 @@ def from_environment(name, default):
     """The whole number in an environment variable."""
     text = os.environ.get(name, "") or str(default)
     need(text.isdecimal() and int(text) >= min(default, 1),
-         f"{name}={text}: must be a whole number of at least {min(default, 1)}; correct or unset it")
+         f"{name}={text}: must be a whole number of at least {min(default, 1)}; mend or unset it")
     return int(text)
 
 
@@ -80,8 +80,8 @@ def join(device):
     """Join the process group (NCCL between GPUs, else gloo), and gloo beside it to meet in."""
     global _meeting
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    need(not missing, f"WORLD_SIZE={world()} is set, but {' and '.join(missing)} is not; start with "
-                      "torchrun, which sets all of them, or unset WORLD_SIZE")
+    need(not missing, f"WORLD_SIZE={world()} is set, but {' and '.join(missing)} is not; start "
+                      "with torchrun, which sets all of them, or unset WORLD_SIZE")
     backend = "nccl" if device.type == "cuda" else "gloo"
     torch.distributed.init_process_group(backend, timeout=dist_timeout())
     # Over sockets also beside NCCL: for Python values, and so that rank 0 may take its time.

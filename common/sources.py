@@ -19,7 +19,6 @@ from common.inputs import open_data
 from common.labels import arrange, label_column, split_word
 from common.listing import (Listing, image_suffixes, is_image, list_folder, list_tars, list_zip,
                             natural, printable)
-from common.processes import log
 
 # UCI ML repository, Alpaydin & Kaynak 1998, CC BY 4.0; tests/test_data.py makes it once more.
 DIGITS = Path(__file__).resolve().parent.parent / "data" / "digits.npz"
@@ -308,8 +307,8 @@ def read_hub(source, args):
     words = {split_word(s): s for s in reversed(splits)}
     chosen = args.splits or list(filter(None, [words.get("train"), words.get("test")
                                                or words.get("val")]))
-    need(chosen and set(chosen) <= set(splits), f"{source}: has the splits {', '.join(splits)}; say "
-         "which with --splits TRAIN [HELD_OUT]")
+    need(chosen and set(chosen) <= set(splits), f"{source}: has the splits {', '.join(splits)}; "
+         "say which with --splits TRAIN [HELD_OUT]")
     parts = [hub_part(name, config, split, args) for split in chosen[:2]]
     test = parts[1][0] if len(parts) > 1 else None
     return by_value(source, parts[0][0], test, parts[0][1], f"splits {', '.join(chosen[:2])}")
@@ -346,8 +345,8 @@ def npz_split(path, arrays, name, labels, span):
          "x.transpose(0, 2, 3, 1)")
     shaped = x.ndim in (3, 4) and 0 not in x.shape and x.shape[3:] in ((), (1,), (3,))
     ranged = x.dtype == np.uint8 or (span is not None and x.dtype.kind in "iuf")
-    need(shaped and ranged, f"{path}: {name} is {x.dtype} {x.shape}, but must be uint8 (N, H, W) or "
-                            "(N, H, W, 1 or 3), values 0..255; or say with --range LO HI which "
+    need(shaped and ranged, f"{path}: {name} is {x.dtype} {x.shape}, but must be uint8 (N, H, W) "
+                            "or (N, H, W, 1 or 3), values 0..255; or say with --range LO HI which "
                             "values are black and white")
     y = arrays.get(labels, np.zeros(len(x), np.int64))    # (n,) or (n, 1)
     need(y.dtype.kind in "iu" and y.shape in ((len(x),), (len(x), 1)),
@@ -413,8 +412,6 @@ def read_npz(path, span=None):
     need(low >= 0 and high < len(train.labels) and np.bincount(train.labels).all(),
          f"{path}: labels run {low}..{high}, but must be 0..K-1 with at least one image of each "
          "class")
-    if said:
-        log(f"data.py: note: {path}: {said}")
     source = Source(npz_classes(path, arrays, high + 1), train, said=said)
     if "test_images" in arrays:
         source.test = npz_test(path, arrays, train, span)

@@ -1,5 +1,4 @@
 """What trainer and proxy are given: pixels or latents, weights, attachments, checkpoints."""
-import math
 
 import numpy as np
 
@@ -13,7 +12,7 @@ OURS = "use a checkpoint that train.py wrote"
 
 
 def training_source(data):
-    """(latents or images, channels, side) of what a network is trained on."""
+    """(latents or images, channels, side or [height, width]) of what a network is trained on."""
     if data.latents is None:
         _, h, w, channels = data.images.shape
         source = data.images
@@ -21,9 +20,8 @@ def training_source(data):
         _, double, h, w = data.latents.shape         # mean and std of each channel
         source = data.latents
         channels = double // 2
-    need(h == w, f"{data.folder}: images are not square {source.shape}; make them so with data.py "
-                 "--size")
-    return source, channels, h
+    # A list, as a checkpoint holds it, where they are not square.
+    return source, channels, h if h == w else [h, w]
 
 
 def need_even_batch(batch, accumulate=1):
@@ -78,10 +76,6 @@ def load_visual(folder, m):
          f"{path}: shape {shape}, but {m} kept images need ({m}, tokens, d), or ({m}, 2, tokens, "
          "d) with flips; run attach.py again")
     check_finite(visual[:4096], path, "visual tokens")
-    # They are interpolated to the grid of the network.
-    tokens = shape[-2]
-    need(math.isqrt(tokens) ** 2 == tokens,
-         f"{path}: {tokens} tokens do not make a square grid; run attach.py again")
     return visual
 
 

@@ -13,8 +13,9 @@ from models.official import MDT_MARK, official_weights
 from models.sit import SITS, SiT
 from models.unet import UNETS, UNet
 
-# The buffer with the text tokens in a state dict: conditions, not weights.
+# The buffer with the text tokens in a state dict: conditions, not weights; and the class table.
 TEXT_KEY = "y_embedder.text"
+TABLE_KEY = "y_embedder.embedding_table.weight"
 
 
 class Network(Protocol):
@@ -25,10 +26,10 @@ class Network(Protocol):
     """
 
     options: tuple      # settings that only this kind of network knows: ("depth", "dropout", ...)
-    size: int           # side of its square images or latents
+    size: object        # side of its square images or latents, or (height, width)
     channels: int       # C
     num_classes: int    # K; label K is the null class
-    grid: int           # its tokens lie on grid x grid places
+    grid: object        # its tokens lie on grid x grid places, or on (rows, columns)
     token_width: int    # D, numbers a token
     token_layer: int    # the tokens_after whose tokens the alignment loss sees
     y_embedder: object  # the ConditionEmbedder of class and text, under this name; or None
@@ -36,8 +37,8 @@ class Network(Protocol):
     def forward(self, x, t, y, tokens_after=None):
         """What the process predicts: x (n, C, H, W), t (n,) model time, y (n,) in 0..K -> like x.
 
-        With tokens_after=k it returns (prediction, tokens (n, grid^2, D)): the tokens behind layer
-        k, row by row of the grid, with gradients.
+        With tokens_after=k it returns (prediction, tokens (n, T, D)): the tokens behind layer k,
+        row by row of the grid, with gradients.
         """
 
 
@@ -69,8 +70,12 @@ def build(settings, text=None, mask=None):
         raise ValueError(f"unknown model {name!r}; known are {', '.join(MODELS)}")
     for key, least in (("size", 1), ("channels", 1), ("num_classes", 0)):
         value = settings[key]
-        if not isinstance(value, int) or value < least:
-            raise ValueError(f"{key} is {value!r}, but must be a whole number of at least {least}")
+        # A size of two sides, (height, width), is not square.
+        pair = key == "size" and isinstance(value, (list, tuple)) and len(value) == 2
+        for number in value if pair else [value]:
+            if not isinstance(number, int) or number < least:
+                raise ValueError(f"{key} is {value!r}, but must be a whole number of at least "
+                                 f"{least}")
     network, sizes = MODELS[name]
     kwargs = dict(sizes, text=text, mask=mask, text_shape=settings.get("text_shape"))
     kwargs["class_std"] = settings.get("class_std", 0.02)
@@ -81,7 +86,10 @@ def build(settings, text=None, mask=None):
     # A network's own time_scale stretches a flow's time in [0, 1]; that of DDPM is 0..999 already.
     if settings["process"] == "ddpm":
         kwargs["time_scale"] = 1.0
-    return network(settings["size"], settings["channels"], settings["num_classes"], **kwargs)
+    size = settings["size"]
+    if not isinstance(size, int):
+        size = tuple(size)
+    return network(size, settings["channels"], settings["num_classes"], **kwargs)
 
 
 def knows(name, option):
@@ -118,23 +126,39 @@ def from_checkpoint(state, ema=True):
     return model.eval().requires_grad_(False), process
 
 
-def init_from(model, state, path):
+def init_from(model, state, path, new_classes=False):
     """Start weights for `model` from the EMA of a checkpoint dict of train.py; its text stays.
 
     Raises ValueError that begins with `path`: when it is no such checkpoint, or at the first weight
     whose name or shape differs. Official weights go through official_checkpoint first, for SiT runs
-    time the other way.
+    time the other way. new_classes: the class table starts anew, but for its null row; for
+    fine-tuning to other classes.
     """
     if not_ours := what_else(state):
         raise ValueError(f"{path}: {not_ours}")
+    weights = dict(state["ema"])
+    if new_classes:
+        weights.update(new_table(model, weights))
     try:
-        fits(model, state["ema"])
+        fits(model, weights)
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from e
-    weights = dict(state["ema"])
     if TEXT_KEY in weights:
         weights[TEXT_KEY] = model.state_dict()[TEXT_KEY]  # it came with --attach
     model.load_state_dict(weights)
+
+
+def new_table(model, weights):
+    """{name: tensor} of the classes of `model`, whose null row is that of the checkpoint."""
+    own = model.state_dict()
+    table = own[TABLE_KEY].clone()                       # (K + 1, D)
+    old = weights.get(TABLE_KEY)
+    if torch.is_tensor(old) and old.shape[1:] == table.shape[1:]:
+        # Without a class the network draws as it did.
+        table[-1] = old[-1]
+    mine = {TABLE_KEY: table}
+    mine.update({key: own[key] for key in (TEXT_KEY, "y_embedder.mask") if key in own})
+    return mine
 
 
 def what_else(state):

@@ -66,6 +66,20 @@ def timestep_embedding(t, dim, max_period=10_000):
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
+# ---------------------------------------------------------------- sizes
+def sides(size):
+    """(height, width) of a size or grid: one side of a square, or both."""
+    if isinstance(size, int):
+        return size, size
+    height, width = size
+    return height, width
+
+
+def one_or_both(height, width):
+    """The size of these sides: an int where they are equal, as every square had it."""
+    return height if height == width else (height, width)
+
+
 # ---------------------------------------------------------------- visual alignment
 class Projector(nn.Sequential):
     """phi of REPA (Yu et al. 2025, arXiv 2410.06940): Linear - SiLU - Linear - SiLU - Linear."""
@@ -95,29 +109,32 @@ def alignment_loss(projected, v):
         return -(projected * v).sum(-1).mean(-1)  # (n,)
 
 
-def match_grid(v, tokens):
+def match_grid(v, tokens, grid=None):
     """Interpolate stored tokens (n, T, d) on a square grid to `tokens` tokens on a square grid.
 
-    The same tensor when T fits already.
+    grid: (h, w) of the tokens wanted where they lie on no square. The same tensor when T fits
+    already.
     """
     n, T, d = v.shape
     if T == tokens:
         return v
     old = math.isqrt(T)
-    new = math.isqrt(tokens)
-    if old**2 != T or new**2 != tokens:
+    new = sides(grid or math.isqrt(tokens))
+    if old**2 != T or math.prod(new) != tokens:
         raise ValueError(f"visual tokens lie on grids of {T} and {tokens}: only square grids can "
-                         "be interpolated")
+                         "be interpolated; make them with the network that is aligned, or with an "
+                         "encoder of square tokens")
     v = v.transpose(1, 2).reshape(n, d, old, old).float()
-    v = F.interpolate(v, (new, new), mode="bilinear", align_corners=False, antialias=new < old)
+    v = F.interpolate(v, new, mode="bilinear", align_corners=False, antialias=min(new) < old)
     return v.reshape(n, d, tokens).transpose(1, 2)  # (n, tokens, d)
 
 
-def mean_token_cosine(v, tokens=None, rows=1024):
+def mean_token_cosine(v, tokens=None, rows=1024, grid=None):
     """The mean cosine that ONE constant vector reaches against all tokens v (..., T, d).
 
     That is |mean of the unit tokens|; an alignment below it has learned nothing. tokens: how many
-    the model aligns an image to, where that is not T: averaged tokens are more alike.
+    the model aligns an image to, where that is not T: averaged tokens are more alike. grid: as of
+    match_grid.
     """
     total = 0
     n = 0
@@ -128,7 +145,7 @@ def mean_token_cosine(v, tokens=None, rows=1024):
             block = torch.from_numpy(np.array(block))
         block = block.float()
         if tokens is not None:
-            block = match_grid(block.flatten(0, -3), tokens)
+            block = match_grid(block.flatten(0, -3), tokens, grid)
         unit = F.normalize(block, dim=-1).flatten(0, -2)  # (images T, d)
         total = total + unit.double().sum(0)              # (d,)
         n += len(unit)

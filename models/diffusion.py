@@ -163,8 +163,10 @@ def guidance_at(u, cfg, power=None):
     return 1 + (cfg - 1) * (1 - math.cos(math.pi * (1 - u) ** power)) / 2
 
 
-def guided(model, process, y, cfg=1.0, interval=(0.0, 1.0), power=None):
+def guided(model, process, y, cfg=1.0, interval=(0.0, 1.0), power=None, channels=None):
     """f(x, t) for the samplers: v = v_null + w (v_cond - v_null) on ALL channels.
+
+    channels: on the first so many alone, as DiT's and SiT's own sampling does with 3 of 4.
 
     Ho & Salimans 2022, within an interval of u in [0, 1] (Kynkaanniemi 2024); w may grow towards
     the data (see guidance_at). One forward of 2n samples where guidance acts, n elsewhere: w = 1
@@ -181,7 +183,10 @@ def guided(model, process, y, cfg=1.0, interval=(0.0, 1.0), power=None):
         out = model(twice, times.repeat(2), torch.cat([y, null])).to(x.dtype)
         cond, uncond = out.chunk(2)           # (n, C, H, W) each
         w = guidance_at(t / process.T, cfg, power)
-        return uncond + w * (cond - uncond)
+        out = uncond + w * (cond - uncond)
+        if channels is None:
+            return out
+        return torch.cat([out[:, :channels], cond[:, channels:]], dim=1)
 
     return f
 
@@ -190,6 +195,14 @@ def guided(model, process, y, cfg=1.0, interval=(0.0, 1.0), power=None):
 def trailing(T, steps):
     """`steps` indices from T - 1 downwards at equal distance, then -1 for clean data."""
     return [round(T * (steps - k) / steps) - 1 for k in range(steps)] + [-1]
+
+
+def linspace(T, steps):
+    """`steps` indices from T - 1 to 0, both included, then -1: DiT's and ADM's grid."""
+    return [round((T - 1) * (steps - 1 - k) / max(1, steps - 1)) for k in range(steps)] + [-1]
+
+
+TIME_GRIDS = {"trailing": trailing, "linspace": linspace}
 
 
 def denoise(f, x, process, i, clip_x0):
@@ -202,13 +215,14 @@ def denoise(f, x, process, i, clip_x0):
     return x0, eps
 
 
-def ancestral(f, x, process, steps, noise, variance="beta", clip_x0=True):
+def ancestral(f, x, process, steps, noise, variance="beta", clip_x0=True,
+              grid=trailing):
     """Ho 2020, Algorithm 2; fewer steps than T by respacing (Nichol & Dhariwal 2021).
 
     variance: 'beta', or 'beta-tilde' of the posterior.
     """
     x = x.double()
-    indices = trailing(process.T, min(steps, process.T))
+    indices = grid(process.T, min(steps, process.T))
     for i, j in zip(indices[:-1], indices[1:]):
         a, s = process.alpha_sigma(i)
         a_, s_ = process.alpha_sigma(j)
@@ -224,10 +238,10 @@ def ancestral(f, x, process, steps, noise, variance="beta", clip_x0=True):
     return x
 
 
-def ddim(f, x, process, steps, noise=None, eta=0.0, clip_x0=True):
+def ddim(f, x, process, steps, noise=None, eta=0.0, clip_x0=True, grid=trailing):
     """Song et al. 2021, arXiv 2010.02502, Eq. 12 and 16. eta = 0 is deterministic."""
     x = x.double()
-    indices = trailing(process.T, min(steps, process.T))
+    indices = grid(process.T, min(steps, process.T))
     for i, j in zip(indices[:-1], indices[1:]):
         a, s = process.alpha_sigma(i)
         a_, s_ = process.alpha_sigma(j)
@@ -239,7 +253,7 @@ def ddim(f, x, process, steps, noise=None, eta=0.0, clip_x0=True):
     return x
 
 
-def dpm_solver_pp_2m(f, x, process, steps, noise=None, clip_x0=True):
+def dpm_solver_pp_2m(f, x, process, steps, noise=None, clip_x0=True, grid=trailing):
     """DPM-Solver++(2M), Lu et al. 2022, arXiv 2211.01095, Algorithm 2.
 
     Steps uniform in lambda = log(alpha / sigma), the last one to clean data. The nodes lie between
@@ -328,20 +342,21 @@ SAMPLERS = {"ddpm": {"ancestral": ancestral, "ddim": ddim, "dpm++": dpm_solver_p
 
 @torch.no_grad()
 def generate(model, process, y, generators, sampler, steps, cfg=1.0, interval=(0.0, 1.0),
-             power=None, **options):
+             power=None, channels=None, **options):
     """Samples (n, C, H, W) float32 for labels y (n,).
 
     Start noise and every later number of sample i come from generators[i] alone. Noise is drawn
     where the generators live, on the CPU, so that a sample is the same on every device up to
     rounding.
     """
-    shape = (model.channels, model.size, model.size)
+    from models.conditioning import sides
+    shape = (model.channels, *sides(model.size))
 
     def noise(_=None):
         rows = [torch.randn(shape, generator=g) for g in generators]
         return torch.stack(rows).to(y.device)  # (n, C, H, W)
 
-    f = guided(model, process, y, cfg, interval, power)
+    f = guided(model, process, y, cfg, interval, power, channels)
     x = SAMPLERS[process.name][sampler](f, noise(), process, steps, noise, **options)
     return x.float()
 
@@ -349,7 +364,8 @@ def generate(model, process, y, generators, sampler, steps, cfg=1.0, interval=(0
 def sample_images(model, process, y, generators, how, vae=None, scale=None):
     """Images (n, C, H, W) float32 in [-1, 1] for labels y (n,), as sample.py draws them.
 
-    how: dict with sampler, steps, cfg, cfg_interval, eta, variance and perhaps cfg_power. With a
+    how: dict with sampler, steps, cfg, cfg_interval, eta, variance and perhaps cfg_power,
+    cfg_channels and time_grid (of ddpm). With a
     vae the model's samples are latents times `scale`, and decoded.
     """
     options = {}
@@ -359,8 +375,9 @@ def sample_images(model, process, y, generators, how, vae=None, scale=None):
         options["eta"] = how["eta"]
     if process.name == "ddpm":
         options["clip_x0"] = vae is None  # pixels lie in [-1, 1], latents do not
+        options["grid"] = TIME_GRIDS[how.get("time_grid") or "trailing"]
     x = generate(model, process, y, generators, how["sampler"], how["steps"], how["cfg"],
-                 how["cfg_interval"], how.get("cfg_power"), **options)
+                 how["cfg_interval"], how.get("cfg_power"), how.get("cfg_channels"), **options)
     if vae is None:
         return x
     return vae.decode(x / scale)

@@ -22,6 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 
+from models.conditioning import sides
 from models.scratch import Scratch, several
 
 
@@ -234,13 +235,14 @@ class Ddae(Network):
             raise ValueError(f"the checkpoint works on latents of {self.channels} channels; "
                              "features need one that was trained on pixels")
         g = torch.Generator().manual_seed(0)
-        eps = torch.randn(1, self.channels, self.size, self.size, generator=g)
+        eps = torch.randn(1, self.channels, *sides(self.size), generator=g)
         self.register_buffer("eps", eps)
 
     def forward(self, x):                            # (n, C, H, W) in [-1, 1]
         if x.shape[2:] != self.eps.shape[2:]:
-            raise ValueError(f"encoder ddae: the checkpoint draws {self.size} x {self.size} "
-                             f"images, these are {x.shape[2]} x {x.shape[3]}")
+            height, width = sides(self.size)
+            raise ValueError(f"encoder ddae: the checkpoint draws {height} x {width} images, these "
+                             f"are {x.shape[2]} x {x.shape[3]}")
         u = torch.full((len(x),), self.U, device=x.device)
         null = torch.full((len(x),), self.net.num_classes, device=x.device)
         x = self.process.diffuse(x, u, self.eps.expand_as(x))
@@ -528,8 +530,7 @@ def load(name, device, weights=None, images=None, judge=0):
         raise ValueError(f"{weights or spec.weights or name}: weights of encoder {name} that hold "
                          "NaN or infinity; use others")
     if images is None:
-        side = net.size or spec.size
-        images = np.zeros((1, side, side, net.channels), np.uint8)
+        images = np.zeros((1, *sides(net.size or spec.size), net.channels), np.uint8)
     return Encoder(name, net, spec, device, images[:1])
 
 

@@ -95,6 +95,9 @@ class MDT(nn.Module):
                  learn_sigma=False, mask_ratio=0.0, text=None, mask=None, text_shape=None,
                  class_std=0.02, recompute=False, time_scale=1.0):
         super().__init__()
+        if not isinstance(size, int):
+            raise ValueError(f"image size {size} is not square, as MDT needs it; choose another "
+                             "--model, or data.py --size S")
         if size % patch:
             raise ValueError(f"image size {size} is not a multiple of the patch size {patch}; "
                              "choose another --model or size")

@@ -86,6 +86,12 @@ def official_checkpoint(state, kind):
     else:
         settings.update(process="ddpm", predict="eps")
     if kind == "sit":
+        _, channels, patch, _ = weights["x_embedder.proj.weight"].shape
+        if len(weights["final_layer.linear.weight"]) == channels * patch**2:
+            # The only trace of REPA where its projectors were taken out: with the time reversed it
+            # would draw nonsense without a word.
+            raise ValueError("not official SiT weights, which have a second half of outputs: these "
+                             "look like REPA's without projectors; say --official repa")
         weights = reverse_time(weights)
     return {"ema": weights, "args": settings}
 

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch.utils.checkpoint import checkpoint
 
-from models.conditioning import ConditionEmbedder, align_depth, timestep_embedding
+from models.conditioning import (ConditionEmbedder, align_depth, one_or_both, sides,
+                                 timestep_embedding)
 
 # The official sizes, and T, this kit's own for 8 x 8 digits. time_scale stretches a flow's time.
 SIZES = {
@@ -121,7 +122,8 @@ class SiT(nn.Module):
                  text=None, mask=None, text_shape=None, class_std=0.02, recompute=False,
                  time_scale=1.0):
         super().__init__()
-        if size % patch:
+        places = [side // patch for side in sides(size)]            # rows and columns of tokens
+        if any(side % patch for side in sides(size)):
             raise ValueError(f"image size {size} is not a multiple of the patch size {patch}; "
                              "choose another --model or size")
         self.size = size
@@ -130,7 +132,7 @@ class SiT(nn.Module):
         self.patch = patch
         self.recompute = recompute
         self.out_channels = 2 * channels if learn_sigma else channels
-        self.grid = size // patch
+        self.grid = one_or_both(*places)
         self.token_layer = align_depth(depth)
         self.token_width = width
         self.x_embedder = PatchEmbed(patch, channels, width)
@@ -191,16 +193,18 @@ def initialise(model, blocks):
 
 def unpatchify(x, grid, patch, channels):
     """Tokens (n, T, p p out) -> (n, C, H, W): the first C of the `out` channels."""
-    x = rearrange(x, "n (h w) (p q c) -> n c (h p) (w q)", h=grid, p=patch, q=patch)
+    x = rearrange(x, "n (h w) (p q c) -> n c (h p) (w q)", h=sides(grid)[0], p=patch,
+                  q=patch)
     return x[:, :channels]
 
 
 def sincos_2d(width, grid):
-    """Fixed positions (grid^2, width), float64: sin then cos over 1 / 10000^k.
+    """Fixed positions (T, width) of a grid, float64: sin then cos over 1 / 10000^k.
 
     The column (w) in the first half of the channels, the row in the second.
     """
     omega = 1 / 10_000 ** (np.arange(width // 4) / (width / 4))  # (width / 4,)
-    row, column = np.divmod(np.arange(grid * grid), grid)        # (grid^2,) each
+    down, across = sides(grid)
+    row, column = np.divmod(np.arange(down * across), across)    # (T,) each
     parts = [fn(np.outer(where, omega)) for where in (column, row) for fn in (np.sin, np.cos)]
     return np.concatenate(parts, axis=1)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch.utils.checkpoint import checkpoint
 
-from models.conditioning import ConditionEmbedder, timestep_embedding
+from models.conditioning import ConditionEmbedder, one_or_both, sides, timestep_embedding
 
 # Channels, their multiple at each resolution, blocks a resolution, resolutions with attention.
 UNETS = {
@@ -111,7 +111,8 @@ class UNet(nn.Module):
                  time_scale=1000.0):
         super().__init__()
         halvings = len(mult) - 1
-        if size % 2**halvings:
+        middle = [side // 2**halvings for side in sides(size)]       # of the feature map
+        if any(side % 2**halvings for side in sides(size)):
             raise ValueError(f"image size {size} cannot be halved {halvings} times; choose "
                              "another --model or size")
         self.size = size
@@ -122,7 +123,7 @@ class UNet(nn.Module):
         self.recompute = recompute
         self.token_layer = 1             # any number gives the same tokens
         self.token_width = ch * mult[-1]
-        self.grid = size // 2**halvings  # the resolution in the middle
+        self.grid = one_or_both(*middle)
         emb = 4 * ch
         self.time = nn.Sequential(nn.Linear(ch, emb), nn.SiLU(), nn.Linear(emb, emb))
         self.y_embedder = None
@@ -132,8 +133,8 @@ class UNet(nn.Module):
 
         # Down: channels of every output, which the way up takes back in reverse.
         skips = [ch]
-        c = ch      # channels at this point
-        res = size  # and resolution
+        c = ch                  # channels at this point
+        res = min(sides(size))  # and resolution, of the shorter side
         self.down = nn.ModuleList()
         self.up = nn.ModuleList()
         for level, factor in enumerate(mult):

@@ -257,6 +257,21 @@ def test_no_shared_memory_for_locks_means_threads(monkeypatch, capsys):
     assert "/dev/shm" in capsys.readouterr().out
 
 
+def test_a_judge_that_cannot_be_kept_is_not_trained(tiny_data, monkeypatch, tmp_path):
+    """A shared, read-only data folder: said before minutes are spent, with a way that works."""
+    import shutil
+    from models import scratch
+    shutil.copytree(tiny_data, tmp_path / "ro")
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path / "ro")
+    monkeypatch.setattr(scratch, "train_scratch", None)               # would be a TypeError
+    data = common.open_data(tmp_path / "ro")
+    line = line_of(common.open_encoder, "scratch", data, "cpu")
+    assert "cannot be written to" in line
+    subprocess.run(re.search("cp -rs .*? MINE", line)[0].replace("MINE", str(tmp_path / "mine")), shell=True, check=True)
+    mine = common.open_data(tmp_path / "mine")
+    assert (mine.folder / "images.npy").is_symlink() and np.array_equal(mine.images, data.images)
+
+
 def test_home_where_the_shell_left_it(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     p = common.Parser("doc")

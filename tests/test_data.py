@@ -164,7 +164,7 @@ def test_digits(tmp_path):
     known = sorted((*np.rint(x * 255 / 16).astype(int).ravel(), y) for x, y in zip(raw.images, raw.target))
     ours = sorted((*x.astype(int).ravel(), y) for x, y in [*zip(d.images, d.labels), *zip(d.test_images, d.test_labels)])
     assert known == ours                                              # every image once: the splits are disjoint and complete
-    assert common.DIGITS.stat().st_size < 100_000
+    assert common.sources.DIGITS.stat().st_size < 100_000
     h = hashlib.sha256(b"(1500, 8, 8, 1)" + d.images.tobytes() + d.labels.astype("<i8").tobytes())
     assert d.info["sha256"] == h.hexdigest() == "87374d0d28ac64b09a50c1672a5d35ae935a0180742e382aaf468ac074a5ac7c"
     assert Image.open(tmp_path / "preview.png").size == (660, 660)
@@ -355,6 +355,22 @@ def test_resume(folder, tmp_path, capsys):
     run(folder, "--out", out)
     assert "nothing to do" in capsys.readouterr().out
     assert "--size" in fails(capsys, out, folder, "--size", 4)
+
+
+def test_a_folder_of_an_earlier_version_is_known_again(folder, tmp_path, capsys):
+    """Its record knows none of the newer flags, which left out mean what they meant."""
+    for out, flags in (("o", []), ("png", ["--as-folder"])):
+        run(folder, "--out", tmp_path / out, *flags)
+        file = tmp_path / out / "data.args.json"
+        record = json.loads(file.read_text())
+        known = {"source", "size", "indices", "vae", "latents_only", "as_folder", "skip_bad", "seed"}      # of commit ccc2c20
+        assert set(record["args"]) <= known and record["args"]["as_folder"] is bool(flags)
+        del record["source_state"]
+        file.write_text(json.dumps(record))
+        capsys.readouterr()
+        run(folder, "--out", tmp_path / out, *flags)
+        assert "nothing to do" in capsys.readouterr().out
+    assert "--labels-from" in fails(capsys, tmp_path / "o", folder, "--labels-from", "none")
 
 
 def test_a_call_killed_before_its_record_was_whole(folder, tmp_path, monkeypatch, capsys):
@@ -645,7 +661,11 @@ def test_mistakes_with_latents(pictures, tmp_path, fake_vae, monkeypatch, capsys
         m.setattr(shutil, "disk_usage", lambda p: SimpleNamespace(free=5000))
         assert "0.0 GB will be written, the disk has 0.0 GB left" in message(only)
     (pictures / "c0" / "0.png").write_bytes(b"broken")
-    assert "0.png: unreadable" in message(only, size=None)
+    assert "several sizes" in message(only, size=None)
+    (tmp_path / "one" / "c").mkdir(parents=True)
+    (tmp_path / "one" / "c" / "0.png").write_bytes(b"broken")
+    save(tmp_path / "one" / "c" / "1.png", noise(8, 8, 3))
+    assert "0.png: unreadable" in message(only, size=None, source=tmp_path / "one")
     save(pictures / "c0" / "0.png", noise(9, 12))
     with monkeypatch.context() as m:
         m.setitem(sys.modules, "diffusers", None)                     # as if it were not installed

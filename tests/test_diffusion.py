@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from models import diffusion
 from models.build import build
 from models.diffusion import (DDPM, SAMPLERS, Flow, ancestral, ddim, diffusion_loss, dpm_solver_pp_2m, euler, euler_maruyama, generate, guidance_at, guided, heun,
                               make_process, to_uint8, trailing)
@@ -462,3 +463,29 @@ def test_scaled_linear_betas_are_those_of_stable_diffusion():
             make_process("ddpm", "eps", bad)
     with pytest.raises(ValueError, match="only a ddpm"):
         make_process("flow", "v", [0.00085, 0.012])
+
+
+def test_guidance_of_some_channels_and_dits_time_grid():
+    """DiT's forward_with_cfg: eps of the first three channels is guided, the rest is the conditional prediction. ADM's space_timesteps for one section."""
+    class Net:
+        num_classes, channels, size = 3, 4, 2
+
+        def __call__(self, x, t, y):
+            return x * 0 + y.view(-1, 1, 1, 1).float()
+    process = make_process("ddpm", "eps")
+    y, x = torch.tensor([0, 2]), torch.zeros(2, 4, 2, 2)
+    got = diffusion.guided(Net(), process, y, cfg=1.5, channels=3)(x, 500)
+    assert got[:, :3, 0, 0].tolist() == [[3 + 1.5 * (0 - 3)] * 3, [3 + 1.5 * (2 - 3)] * 3] and got[:, 3, 0, 0].tolist() == [0, 2]
+
+    def space_timesteps(T, count):                                    # ADM's loop, step by step
+        stride, current, steps = (T - 1) / (count - 1), 0.0, []
+        for _ in range(count):
+            steps.append(round(current))
+            current += stride
+        return steps
+    for T, steps in ((1000, 250), (1000, 50), (1000, 7), (100, 100), (1000, 2)):
+        assert diffusion.linspace(T, steps) == [*space_timesteps(T, steps)[::-1], -1]
+    f = diffusion.guided(Net(), process, y)
+    seen = []
+    diffusion.ddim(lambda x, t: seen.append(t) or f(x, t), x, process, 5, grid=diffusion.linspace)
+    assert seen == [999, 749, 500, 250, 0] or seen == [999, 749, 499, 250, 0], seen

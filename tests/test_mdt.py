@@ -511,3 +511,11 @@ def test_every_size_has_its_blocks():
     for name, sizes in MDTS.items():
         half, odd = divmod(sizes["depth"] - sizes["decode"], 2)
         assert not odd and half > 0, name
+
+
+def test_repa_without_its_projectors_is_not_taken_for_sit():
+    """Their outputs tell: SiT's own have a second half, REPA's none. With the time reversed it would draw nonsense without a word."""
+    net = SiT(size=8, channels=4, num_classes=5, depth=2, width=384, heads=6, patch=2, learn_sigma=False)
+    with pytest.raises(ValueError, match="say --official repa"):
+        official_checkpoint({"ema": net.state_dict()}, "sit")
+    official_checkpoint({"ema": net.state_dict()}, "repa")

@@ -38,8 +38,8 @@ def run(example, **names):
 
 
 # ------------------------------------------------------------------------- lifting.md: its examples
-def test_there_are_four_examples():
-    assert len(EXAMPLES) == 4
+def test_there_are_five_examples():
+    assert len(EXAMPLES) == 5
 
 
 def test_prune_in_fifteen_lines_keeps_what_prune_keeps(tmp_path):
@@ -215,6 +215,21 @@ def test_the_text_takes_the_place_of_a_label_embedder():
     assert torch.allclose(got[~dropped], whole[~dropped])
 
 
+def test_a_run_in_the_official_class_draws_the_same(tmp_path):
+    """The official SiT predicts x - eps at its own time 1 - t: minus our v. The class here has its names and shapes."""
+    from models.sit import SiT
+    torch.manual_seed(0)
+    ours, theirs = [SiT(8, 4, 5, depth=2, width=384, heads=6, patch=2).eval() for _ in range(2)]
+    for p in ours.parameters():
+        nn.init.normal_(p, std=0.03)
+    torch.save({"ema": ours.state_dict()}, tmp_path / "last.pt")
+    run(EXAMPLES[4], run=tmp_path, net=theirs)
+    x, t, y = torch.randn(3, 4, 8, 8), torch.tensor([0.1, 0.5, 0.8]), torch.tensor([0, 3, 5])
+    with torch.no_grad():
+        assert ours(x, t, y).std() > 0.1
+        torch.testing.assert_close(theirs(x, 1 - t, y), -ours(x, t, y), atol=1e-4, rtol=1e-4)
+
+
 # --------------------------------------------------------------------- lifting.md: what it drags in
 @functools.cache
 def loaded_by(statement):
@@ -365,7 +380,7 @@ def test_every_link_leads_somewhere(name):
 
 def test_the_readme_leads_to_every_page():
     pages = set(PAGES) - {"README.md"}
-    subjects = ("results", "reproduction", "lifting", "exercises", "scale")
+    subjects = ("results", "reproduction", "lifting", "exercises", "data", "scale")
     assert pages >= {f"docs/{subject}.md" for subject in subjects}
     assert pages <= {target.partition("#")[0] for target in targets_of(README)}
 

@@ -383,3 +383,19 @@ def test_quick_renews_the_report_and_puts_other_reports_beside_it(tmp_path):
     assert code == 0 and "report so far" not in out, out[-3000:]
     text = (copy / "runs/digits-ddpm/report/report.md").read_text(encoding="utf-8")
     assert re.search(r"Pruning, FD against random: [+-]\d+ % here \(one seed\); [+-]\d+ % with SiT-T/2 \(flow\) on digits 8 x 8, 4 steps of 128, scratch \[quick\]", text)
+
+
+def test_sources_of_every_kind_and_flags_of_data_py(stub):
+    """Archives and names of the hub, ~ in quotes, height and width, and what data.py needs to be told."""
+    there, env = stub
+    (there / "home").mkdir()
+    (there / "home" / "pets.zip").write_bytes(b"x")
+    home = {"HOME": str(there / "home"), "RUNS": "full", "OUT": "~/out"}
+    p = subprocess.run(["bash", "run_all.sh", "~/pets.zip"], cwd=there, env=env | home | {"SIZE": "48 64", "DATA_FLAGS": "--labels-from prefix"}, capture_output=True, text=True)
+    assert p.returncode == 0, p.stderr
+    first = (there / "calls.txt").read_text().splitlines()[0]
+    assert first == f"data.py {there}/home/pets.zip --size 48 64 --labels-from prefix --out data/pets"
+    assert (there / "home" / "out" / "plan.txt").exists() and not (there / "~").exists()
+    (there / "calls.txt").unlink()
+    p = subprocess.run(["bash", "run_all.sh", "hf:owner/name"], cwd=there, env=env | {"RUNS": "full"}, capture_output=True, text=True)
+    assert p.returncode == 0 and (there / "calls.txt").read_text().startswith("data.py hf:owner/name --out data/owner-name\n"), p.stderr

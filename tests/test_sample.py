@@ -145,14 +145,14 @@ def test_labels(flow, tmp_path, capsys):
     for bad, word in ((np.full(20, 4), "0..2"), (np.full(20, -1), "-1"), (np.zeros(19, int), "(19,)"), (np.zeros(20), "float64")):
         np.save(tmp_path / "y.npy", bad)
         assert word in refused(capsys, flow, tmp_path / "b", "--labels", tmp_path / "y.npy")
-    assert "no such file" in refused(capsys, flow, tmp_path / "b", "--labels", "balancd")
+    assert "'balancd' is no class" in refused(capsys, flow, tmp_path / "b", "--labels", "balancd")
 
 
 def test_npz_grid_and_record(ddpm, tmp_path):
     from PIL import Image
     x = draw(ddpm, tmp_path / "a", "--npz", "--sampler", "dpm++", num=12, steps=3)
     z = np.load(tmp_path / "a/samples.npz")
-    assert x.dtype == np.uint8 and x.shape == (12, 8, 8, 1) and np.array_equal(z["arr_0"], x) and np.array_equal(z["arr_1"], np.arange(12) % 3)
+    assert x.dtype == np.uint8 and x.shape == (12, 8, 8, 1) and np.array_equal(z["arr_0"], np.repeat(x, 3, 3)) and np.array_equal(z["arr_1"], np.arange(12) % 3)
     sheet = np.asarray(Image.open(tmp_path / "a/grid.png"))[::6, ::6]      # 8 pixels are enlarged to 48
     assert sheet.shape == (10, 10 * 9 + 1) and np.array_equal(sheet[1:9, 10:18], x[1, ..., 0])
     record = json.loads((tmp_path / "a/sample.args.json").read_text())
@@ -353,3 +353,46 @@ def test_letting_a_namespace_in_runs_no_other_pickle(how, tmp_path, monkeypatch,
     torch.load(tmp_path / "x.pt", weights_only=False)                     # the trap itself works
     assert mark.exists()
     assert argparse.Namespace not in torch.serialization.get_safe_globals()          # and the door is closed again
+
+
+# ---- what is asked for
+def test_labels_by_name_and_number_in_turn(tmp_path, capsys):
+    ckpt = make_checkpoint(tmp_path / "c.pt", classes=["cat", "dog, small", "7"])
+    for words, want in ((["cat"], [0] * 5), (["CAT", "1"], [0, 1, 0, 1, 0]), (["1,1,2"], [1, 1, 2, 1, 1]), (["dog, small"], [1] * 5), (["7"], [2] * 5), (["3"], [3] * 5)):
+        out = tmp_path / "".join(words)
+        draw(ckpt, out, "--labels", *words, num=5, steps=1)
+        assert np.load(out / "sample_labels.npy").tolist() == want
+        assert json.loads((out / "sample.args.json").read_text())["args"]["labels"] == ",".join(words)
+    for words, said in (("bird", "'bird' is no class"), ("4", "numbers 0..3"), ("0,,1", "'' is no class"), ("-1", "'-1' is no class"), ("nothing.npy", "no such file")):
+        with pytest.raises(SystemExit):
+            draw(ckpt, tmp_path / "no", f"--labels={words}", num=5, steps=1)
+        assert said in capsys.readouterr().err and not (tmp_path / "no").exists()
+
+
+def test_files_for_other_programs(flow, tmp_path):
+    """ADM's evaluator takes three channels; a folder of files each, flat or by class, whole or not at all; asked for later as well."""
+    from PIL import Image
+    x = draw(flow, tmp_path, "--npz", num=7)
+    z = np.load(tmp_path / "samples.npz")
+    assert z["arr_0"].shape == (7, 8, 8, 3) and (z["arr_0"] == x).all() and z["arr_0"].dtype == np.uint8
+    stamp = (tmp_path / "samples.npy").stat().st_mtime_ns
+    for form, name in (("flat", "png"), ("classes", "png-classes")):
+        draw(flow, tmp_path, "--npz", "--png", form, num=7)
+        files = sorted((tmp_path / name).rglob("*.png"), key=lambda f: f.name)
+        assert len(files) == 7 and all((np.asarray(Image.open(f)) == x[i, ..., 0]).all() for i, f in enumerate(files))
+    assert [f.parent.name for f in files] == [f"{i % 3}_none" for i in range(7)] and (tmp_path / "samples.npy").stat().st_mtime_ns == stamp
+    y = draw(flow, tmp_path, "--seed", 1, "--png", "flat", "--overwrite", num=5)
+    assert len(list((tmp_path / "png").iterdir())) == 5 and not (tmp_path / "png-classes").exists()
+    assert (np.asarray(Image.open(tmp_path / "png/000004.png")) == y[4, ..., 0]).all()
+
+
+def test_choices_of_published_sampling(flow, tmp_path, capsys):
+    four = make_checkpoint(tmp_path / "four.pt", "ddpm", channels=3)
+    a = draw(four, tmp_path / "a", "--cfg", 2, num=4)
+    b = draw(four, tmp_path / "b", "--cfg", 2, "--cfg-channels", 1, num=4)
+    c = draw(four, tmp_path / "c", "--cfg", 2, "--time-grid", "linspace", num=4)
+    assert (a != b).any() and (a != c).any() and json.loads((tmp_path / "c/sample.args.json").read_text())["args"]["time_grid"] == "linspace"
+    for flags, words in ((("--time-grid", "linspace"), "ddpm samplers"), (("--cfg-channels", "1"), "has 1 channels")):
+        with pytest.raises(SystemExit):
+            draw(flow, tmp_path / "no", *flags, num=4)
+        assert words in capsys.readouterr().err

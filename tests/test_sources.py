@@ -295,6 +295,16 @@ def test_parquet(tmp_path, capsys):
     assert "--label-column color" in refused(tmp_path, capsys, tmp_path / "x.parquet", "--label-column", "color")
 
 
+def test_hugging_face_by_name(tmp_path, monkeypatch):
+    """Through the package itself, which takes a local folder for a name: the same pixels and labels as from the files."""
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name, labels, first in (("train-00000-of-00001", LABELS, 0), ("test-00000-of-00001", [1, 0], 20)):
+        odd.parquet(tmp_path / "p" / f"{name}.parquet", labels, ["ant", "bee", "cow"], first)
+    a, b = made(tmp_path, tmp_path / "p"), made(tmp_path, f"hf:{tmp_path / 'p'}")
+    assert a.info["sha256"] == b.info["sha256"] and a.info["sha256_test"] == b.info["sha256_test"] and a.classes == b.classes
+
+
 @pytest.mark.parametrize("source, package", [("x.parquet", "pyarrow"), ("hf:ylecun/mnist", "datasets")])
 def test_optional_packages_are_named(tmp_path, capsys, monkeypatch, source, package):
     (tmp_path / "x.parquet").write_bytes(b"PAR1")
@@ -326,6 +336,69 @@ def test_phone_pictures_among_others_are_refused(tmp_path, capsys):
     text = refused(tmp_path, capsys, top)
     assert "1 pictures are .heic" in text and "pip install pillow-heif" in text and "--skip-bad" in text
     assert len(made(tmp_path, top, "--skip-bad").images) == 2 and "1 .heic, 1 .mov" in capsys.readouterr().out
+
+
+# ---- further layouts
+def test_kaggle_with_a_table_for_the_training_images(tmp_path, capsys):
+    """train/ and test/ without folders, train.csv by id, and a submission whose labels are placeholders for images of the same names."""
+    top = odd.tree(tmp_path / "s", [f"{split}/{i}.png" for split in ("train", "test") for i in range(12)])
+    (top / "train.csv").write_text("id,breed\n" + "".join(f"{i},{'ab'[i % 2]}\n" for i in range(12)))
+    (top / "sample_submission.csv").write_text("id,breed\n" + "".join(f"{i},x\n" for i in range(12)))
+    d = made(tmp_path, top)
+    assert d.classes == ["a", "b"] and len(d.images) == 12 and d.test_images is None and "test has no labels" in capsys.readouterr().out
+    assert (d.images[3] == np.asarray(Image.open(top / "train/3.png"))).all() and d.labels.tolist() == [i % 2 for i in range(12)]
+
+
+def test_tables_of_both_splits(tmp_path):
+    """Beside the splits: Train.csv and Test.csv, one table with the paths of both, one that tells them apart by nothing but the path."""
+    def labels(d):
+        return d.labels.tolist(), None if d.test_labels is None else d.test_labels.tolist()
+    top = odd.tree(tmp_path / "s", [f"{split}/{i}.png" for split in ("Train", "Test") for i in range(4)])
+    (top / "Train.csv").write_text("Path,ClassId\n" + "".join(f"Train/{i}.png,{i % 2}\n" for i in range(4)))
+    (top / "Test.csv").write_text("Path,ClassId\n" + "".join(f"Test/{i}.png,{(i + 1) % 2}\n" for i in range(4)))
+    assert labels(made(tmp_path, top)) == ([0, 1, 0, 1], [1, 0, 1, 0])
+    for name in ("Train.csv", "Test.csv"):
+        (top / name).unlink()
+    (top / "labels.csv").write_text("label,file\n" + "".join(f"{i % 2},{i}.png\n" for i in range(4)))        # labels that are names of files, too
+    assert labels(made(tmp_path, top, "--splits", "Train")) == ([0, 1, 0, 1], None)
+    (top / "labels.csv").write_text("file,label\n" + "".join(f"Train/{i}.png,{i % 2}\nTest/{i}.png,{(i + 1) % 2}\n" for i in range(4)))
+    assert labels(made(tmp_path, top)) == ([0, 1, 0, 1], [1, 0, 1, 0])
+    (top / "labels.csv").write_text("file,label\n" + "".join(f"{i}.png,{i % 2}\n" for i in range(4)))     # of which split? not of the held-out one
+    assert labels(made(tmp_path, top)) == ([0, 1, 0, 1], None)
+
+
+def test_folders_that_are_no_classes(tmp_path, capsys):
+    pets = odd.tree(tmp_path / "pets", ["images/1.png", "images/2.png", "annotations/trimaps/1.png", "annotations/trimaps/2.png"])
+    assert "not like classes" in refused(tmp_path, capsys, pets)
+    assert len(made(tmp_path, pets / "images").images) == 2
+    thumbs = odd.tree(tmp_path / "thumbs", ["1.png", "2.png", "3.png", "small/1.png"])
+    assert "3 images lie beside the folders small, and 1 in them" in refused(tmp_path, capsys, thumbs)
+    assert len(made(tmp_path, thumbs, "--labels-from", "none").images) == 4
+    (odd.tree(tmp_path / "hollow", ["train/a/1.png", "train/b/1.png"]) / "test").mkdir()
+    assert made(tmp_path, tmp_path / "hollow").test_images is None and "test holds no image" in capsys.readouterr().out
+
+
+def test_a_table_beside_class_folders(tmp_path, capsys):
+    """One that agrees, one that says nothing of labels, and one that divides the images otherwise."""
+    top = odd.tree(tmp_path / "s", [f"{c}/{i}.png" for c in ("cat", "dog") for i in range(6)])
+
+    def table(head, row):
+        (top / "metadata.csv").write_text(head + "\n" + "".join(row(c, i) + "\n" for c in ("cat", "dog") for i in range(6)))
+    table("file_name,label", lambda c, i: f"{c}/{i}.png,{c}s")
+    assert made(tmp_path, top).classes == ["cats", "dogs"]
+    table("file_name,width,camera", lambda c, i: f"{c}/{i}.png,8,{i % 3}")
+    assert made(tmp_path, top).classes == ["cat", "dog"] and "no column of it is called a label" in capsys.readouterr().out
+    assert made(tmp_path, top, "--label-column", "camera", "--labels-from", "metadata.csv").classes == ["0", "1", "2"]
+    table("file_name,label", lambda c, i: f"{c}/{i}.png,{i % 3}")
+    assert "divide the images otherwise" in refused(tmp_path, capsys, top)
+    assert made(tmp_path, top, "--labels-from", "folders").classes == ["cat", "dog"]
+
+
+def test_several_frames_are_said(tmp_path, capsys):
+    frames = [Image.fromarray(np.full((8, 8, 3), v, np.uint8)) for v in (10, 200)]
+    odd.fresh(tmp_path / "s" / "a.tif")
+    frames[0].save(tmp_path / "s" / "a.tif", save_all=True, append_images=frames[1:])
+    assert made(tmp_path, tmp_path / "s").images.max() == 10 and "several frames" in capsys.readouterr().out
 
 
 # ---- arrays

@@ -727,10 +727,11 @@ def test_every_flag_is_used_by_some_code(script, monkeypatch):
     monkeypatch.setattr(common.Parser, "parse_args", capture)
     with pytest.raises(Crash):
         importlib.import_module(script).parse_args([])
-    source = "".join(f.read_text() for f in (ROOT / f"{script}.py", ROOT / "common/stage.py"))      # common.Stage reads --out and --overwrite
+    source = "".join(f.read_text() for f in (ROOT / f"{script}.py", ROOT / "common/stage.py",     # common.Stage reads --out and --overwrite,
+                                               *[ROOT / f"common/{room}.py" for room in ("sources", "labels") if script == "data"]))
     body = re.sub(r"def parse_args.*?(?=\n\S)", "", source, flags=re.S)
     assert flags and "def parse_args" not in body
-    assert [f for f in flags if not re.search(rf"\b(a|args)(\.|, \"){f}\b", body)] == []
+    assert [f for f in flags if not re.search(rf"\b(a|args|how)(\.|, \"){f}\b", body)] == []
 
 
 def test_wrong_command_lines_are_one_line_each(tiny_data, tmp_path, capsys):
@@ -738,3 +739,37 @@ def test_wrong_command_lines_are_one_line_each(tiny_data, tmp_path, capsys):
                         (dict(model="SiT-Z"), "--model"), (dict(device="cuda:77"), "cuda:77"), (dict(steps=-1), "--steps"),
                         (dict(init=tmp_path / "no.pt"), "no.pt"), (dict(indices=tmp_path / "no.npy"), "no.npy")):
         assert word in refused(capsys, tiny_data, tmp_path / "a", **flags)
+
+
+def test_other_classes_on_fine_tuning(tiny_data, tmp_path, capsys):
+    """The class table starts anew; everything else, the null row too, is that of the checkpoint."""
+    run(tiny_data, tmp_path / "a", steps=2)
+    other = make_data(tmp_path / "five", sizes=(9, 8, 7, 6, 5))
+    with pytest.raises(SystemExit):
+        run(other, tmp_path / "b", steps=0, init=tmp_path / "a/last.pt")
+    assert "embedding_table" in capsys.readouterr().err
+    run(other, tmp_path / "b", steps=0, init=tmp_path / "a/last.pt", init_classes="new")
+    a, b = (common.load_pt(tmp_path / f / "last.pt")["ema"] for f in "ab")
+    table = "y_embedder.embedding_table.weight"
+    assert b[table].shape == (6, 64) and torch.equal(a[table][-1], b[table][-1]) and b[table][:-1].std() > 0.5
+    assert all(torch.equal(a[k], b[k]) for k in a if k != table)
+    run(other, tmp_path / "c", steps=2, init=tmp_path / "a/last.pt", init_classes="new")     # and it trains
+    with pytest.raises(SystemExit):
+        run(other, tmp_path / "d", steps=1, init_classes="new")
+    assert "give --init" in capsys.readouterr().err
+
+
+def test_tensorboard_is_optional(tiny_data, tmp_path, capsys, monkeypatch):
+    with monkeypatch.context() as m:
+        m.setitem(sys.modules, "torch.utils.tensorboard", None)
+        with pytest.raises(SystemExit):
+            run(tiny_data, tmp_path / "a", steps=2, tensorboard=True)
+        assert "pip install tensorboard" in capsys.readouterr().err
+    pytest.importorskip("tensorboard")
+    monkeypatch.setattr(train, "preview", REAL_PREVIEW)
+    run(tiny_data, tmp_path / "b", steps=2, log_every=1, tensorboard=True)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    events = EventAccumulator(str(tmp_path / "b" / "tensorboard"))
+    events.Reload()
+    assert [e.value for e in events.Scalars("diffusion")] == pytest.approx([row["diffusion"] for row in stats(tmp_path / "b")])
+    assert events.Images("samples")
