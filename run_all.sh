@@ -8,6 +8,8 @@
 #   bash run_all.sh FOLDER|FILE.npz     your own images
 #   bash run_all.sh imagenet FOLDER     D2C's own setting on ImageNet's training images (a folder per class);
 #                                       needs downloads: SCORER=DiT-XL-2-256x256.pt REFERENCE=ADM's statistics
+#   bash run_all.sh imagenet-pruning FOLDER     Pruning then Reweighting of latent models: MODEL=MDT-S/2, or MODEL=sd
+#                                       SD=FOLDER (in diffusers' format); KEEP="0.1 0.4"; prints disk and GPU hours first
 #   bash run_all.sh test                the fast tests
 #
 # Sizes come from the environment:
@@ -27,14 +29,15 @@ refuse() { echo "run_all.sh: error: $*" >&2; exit 2; }
 what=${1:-digits} source=${1:-digits}
 case "$what" in
 digits|cifar10|test) ;;
-imagenet)
-    [ -d "${2:-}" ] || refuse "imagenet needs the folder of its training images, a sub-folder per class:" \
-        "bash run_all.sh imagenet FOLDER"
+imagenet|imagenet-pruning)
+    [ -d "${2:-}" ] || refuse "$what needs the folder of its training images, a sub-folder per class:" \
+        "bash run_all.sh $what FOLDER"
     source=$(realpath "$2") ;;
-*)  [ -e "$what" ] || refuse "$what: neither digits, cifar10 nor test, and no such folder or file"
+*)  [ -e "$what" ] || refuse "$what: neither digits, cifar10, imagenet, imagenet-pruning nor test, and no such" \
+        "folder or file"
     source=$(realpath "$what") what=folder ;;
 esac
-for path in ROOT SURROGATE_WEIGHTS SCORER VISUAL_WEIGHTS JUDGE_WEIGHTS REFERENCE VAE TEXT; do
+for path in ROOT SURROGATE_WEIGHTS SCORER VISUAL_WEIGHTS JUDGE_WEIGHTS REFERENCE VAE TEXT SD; do
     [ ! -e "${!path:-}" ] || export "$path=$(realpath "${!path}")"
 done
 cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")"
