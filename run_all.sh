@@ -17,7 +17,7 @@
 #   REPORT=full (trajectories and intervals)  TRAJECTORY=n (of n samples a point)  OUT (default runs/NAME)
 # and so do choices:
 #   SURROGATE SCORE ("gaussian moderate" makes two rows) TEXT VISUAL INTERVAL JUDGE, and for weights that lie here
-#   SURROGATE_WEIGHTS VISUAL_WEIGHTS JUDGE_WEIGHTS; for imagenet VAE OFFICIAL (dit, sit or empty) IMAGE_SIZE
+#   SURROGATE_WEIGHTS VISUAL_WEIGHTS JUDGE_WEIGHTS; for imagenet VAE OFFICIAL (dit, sit, mdt, repa or empty) IMAGE_SIZE
 # and flags for the scripts: DRO (reweight.py) TRAIN (train.py) SAMPLER (sample.py).
 # Output: OUT/<run>/ and OUT/report/report.md; seeds after the first in OUT/<run>-seedN; every command in OUT/plan.txt.
 # Which runs there are, with which flags: common/plan.py.

@@ -23,7 +23,7 @@ runs of a few hundred steps, too few for class embeddings that start at 0.02 to 
 
 An MDT (Gao et al. 2023, arXiv 2303.14389, version 2) takes two passes a step and sums their losses:
 a full one, and one whose encoder sees 1 - r of the tokens, r in [--mask-ratio, --mask-ratio + 0.2].
-They have a curve each, "diffusion" and "masked". The masked one is far higher, and that is no
+They have a curve each, "diffusion" and "masked". The masked one is higher, and that is no
 fault: a network that predicts nothing scores 1 in each.
 
 Stable Diffusion 1 or 2 (Rombach et al. 2022; pip install diffusers transformers) is fine-tuned on
@@ -503,7 +503,7 @@ def describe(args, inputs, run, feed, device):
                    "--accumulate)")
     if args.mask_ratio:
         common.log("two passes a step, full and masked, about 2.1 times the work of a DiT of this "
-                   "size (1.8 of XL); the masked loss lies far above the other, and that is right")
+                   "size (1.8 of XL); the masked loss lies above the other, and that is right")
     if args.steps > run.step and not feed.images.resident:
         common.log("the images do not fit beside the network: they are read from disk ahead of "
                    "each step")

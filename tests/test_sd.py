@@ -196,6 +196,9 @@ def test_lora_trains_adapters_alone_and_its_export_is_exact(tiny_sd, data, tmp_p
     own = {k.replace(".base_layer", ""): v for k, v in model.unet.state_dict().items() if "lora_" not in k}
     assert all(torch.equal(own[k.removeprefix("unet.")], v) for k, v in base.items() if k.startswith("unet."))
     assert any(v.abs().max() > 0 for k, v in state["ema"].items() if "lora_B" in k)
+    with torch.enable_grad():
+        reweight.main(["--data", str(data), "--reference", str(tmp_path / "a/last.pt"), "--steps", "2", "--burn-in", "1", "--device", "cpu", "--out", str(tmp_path / "dro")])
+    assert common.load_pt(tmp_path / "dro/proxy.pt")["model"].keys() == state["model"].keys()
     sample.main(["--checkpoint", str(tmp_path / "a/last.pt"), "--export", str(tmp_path / "out")])
     pipe = pipeline(folder)
     x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([3.0, 700.0]), torch.tensor([0, 3])
