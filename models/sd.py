@@ -146,34 +146,40 @@ def load_sd(folder, classes, lora=None):
     return {"ema": weights, "args": settings}
 
 
-def read_config(path):
-    """A JSON file of the folder, a dict."""
+def read_config(path, *needed):
+    """A JSON file of the folder, a dict that has the needed keys."""
+    remedy = "give the folder of a Stable Diffusion 1 or 2 in diffusers' format"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
-        raise FileNotFoundError(f"{path}: missing or no JSON ({e.__class__.__name__}); give the "
-                                "folder of a Stable Diffusion 1 or 2 in diffusers' format") from e
+        what = e.__class__.__name__
+        raise FileNotFoundError(f"{path}: missing or no JSON ({what}); {remedy}") from e
+    for key in needed:
+        if not isinstance(config, dict) or config.get(key) is None:
+            raise ValueError(f"{path}: does not say its {key}; {remedy}")
+    return config
 
 
 def unet_config(folder):
     """The config of its U-Net, once it is known to be one that takes text and nothing else."""
     file = folder / "unet/config.json"
-    config = {k: v for k, v in read_config(file).items() if not k.startswith("_")}
+    config = read_config(file, "sample_size", "in_channels", "out_channels", "cross_attention_dim")
+    config = {k: v for k, v in config.items() if not k.startswith("_")}
     for key in ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type"):
         if config.get(key):
             raise ValueError(f"{file}: has {key} = {config[key]!r}, as SDXL and others; only "
                              "Stable Diffusion 1 and 2 are built here")
-    if config.get("in_channels") != config.get("out_channels"):
-        raise ValueError(f"{file}: {config.get('in_channels')} channels in and "
-                         f"{config.get('out_channels')} out: a model that fills in or edits "
-                         "pictures; take the text-to-image one")
+    if config["in_channels"] != config["out_channels"]:
+        raise ValueError(f"{file}: {config['in_channels']} channels in and "
+                         f"{config['out_channels']} out: a model that fills in or edits pictures; "
+                         "take the text-to-image one")
     return config
 
 
 def schedule_of(folder):
     """{"predict": eps or v, "betas": [first, last]} of its scheduler."""
     file = folder / "scheduler/scheduler_config.json"
-    config = read_config(file)
+    config = read_config(file, "beta_start", "beta_end", "beta_schedule")
     needed = {"beta_schedule": "scaled_linear", "num_train_timesteps": 1000,
               "rescale_betas_zero_snr": False, "trained_betas": None}
     for key, wanted in needed.items():

@@ -793,7 +793,7 @@ for script, flags in NUMBERS.items():                                 # common.a
 
 # Where nothing is a number like any other: no steps yet, none of it, as little as that.
 ZERO = set("--steps --align --warmup --ema --label-drop --grad-clip --dropout --checkpoint-every --sample-every --eta --smoothing --burn-in --cfg --cfg-interval "
-           "--bootstrap --seed".split())
+           "--bootstrap --seed --mask-ratio".split())
 
 
 @pytest.mark.parametrize("script, flag", [(s, f) for s, flags in NUMBERS.items() for f in flags])
@@ -813,7 +813,7 @@ def test_number_flags_are_found():
 
 PATHS = {"prune": "data out weights features scores", "reweight": "data indices reference out proxy-init",
     "attach": "data out reference difficulty indices text visual-weights judge-weights images",
-         "train": "data out indices weights attach init", "sample": "checkpoint out labels vae", "evaluate": "data samples out reference-stats runs encoder-weights",
+         "train": "data out indices weights attach init", "sample": "checkpoint out labels vae export", "evaluate": "data samples out reference-stats runs encoder-weights",
     "data": "out root indices", "report": "out encoder"}
 
 

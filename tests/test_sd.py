@@ -256,6 +256,12 @@ def broken(folder, how):
     if how == "no scheduler":
         shutil.rmtree(folder / "scheduler")
         return "scheduler_config.json: missing"
+    if how == "half a config":
+        edit(folder / "scheduler/scheduler_config.json", beta_start=None)
+        return "does not say its beta_start"
+    if how == "list":
+        (folder / "unet/config.json").write_text("[1]")
+        return "does not say its sample_size"
     if how == "bin":
         (folder / "unet/diffusion_pytorch_model.safetensors").rename(folder / "unet/diffusion_pytorch_model.bin")
         return "no such file (pickled .bin weights"
@@ -273,7 +279,7 @@ def broken(folder, how):
     return "unet.conv_out.bias is missing"
 
 
-@pytest.mark.parametrize("how", ["sdxl", "inpainting", "zero-snr", "sample", "no scheduler", "bin", "scale", "no text", "missing weight"])
+@pytest.mark.parametrize("how", ["sdxl", "inpainting", "zero-snr", "sample", "no scheduler", "half a config", "list", "bin", "scale", "no text", "missing weight"])
 def test_a_folder_that_is_not_built_here_is_one_line(how, tiny_sd, data, tmp_path, capsys):
     shutil.copytree(tiny_sd["epsilon"], tmp_path / "sd")
     words = broken(tmp_path / "sd", how)
