@@ -50,8 +50,8 @@ PUBLISHED = dict(batch_size=256, lr=1e-4, amp="none", warmup=0, schedule="consta
                  flips=False)
 # What the proxy has in common with the reference: what it predicts, and of which images.
 SETTINGS = ("process predict betas size channels num_classes class_std text_shape learn_sigma "
-            "depth decode recompute latents latent_scale vae classes data data_sha256 "
-            "optimizer").split()
+            "depth decode recompute latents latent_scale vae classes data data_sha256 optimizer "
+            "unet prompts lora base base_sha256").split()
 
 
 # ---------------------------------------------------------------------------- formulas

@@ -8,6 +8,8 @@
 #   bash run_all.sh FOLDER|FILE         your own images: a folder, .zip, .tar, .npz or .parquet, or hf:NAME
 #   bash run_all.sh imagenet FOLDER     D2C's own setting on ImageNet's training images (a folder per class);
 #                                       needs downloads: SCORER=DiT-XL-2-256x256.pt REFERENCE=ADM's statistics
+#   bash run_all.sh imagenet-pruning FOLDER     Pruning then Reweighting of latent models: MODEL=MDT-S/2, or MODEL=sd
+#                                       SD=FOLDER (in diffusers' format); KEEP="0.1 0.4"; prints disk and GPU hours first
 #   bash run_all.sh test                the fast tests
 #
 # Sizes come from the environment:
@@ -15,7 +17,7 @@
 #   REPORT=full (trajectories and intervals)  TRAJECTORY=n (of n samples a point)  OUT (default runs/NAME)
 # and so do choices:
 #   SURROGATE SCORE ("gaussian moderate" makes two rows) TEXT VISUAL INTERVAL JUDGE, and for weights that lie here
-#   SURROGATE_WEIGHTS VISUAL_WEIGHTS JUDGE_WEIGHTS; for imagenet VAE OFFICIAL (dit, sit or empty) IMAGE_SIZE
+#   SURROGATE_WEIGHTS VISUAL_WEIGHTS JUDGE_WEIGHTS; for imagenet VAE OFFICIAL (dit, sit, mdt, repa or empty) IMAGE_SIZE
 # and flags for the scripts: DATA_FLAGS (data.py, as "--labels-from prefix") DRO (reweight.py) TRAIN (train.py) SAMPLER
 #   (sample.py).
 # Output: OUT/<run>/ and OUT/report/report.md; seeds after the first in OUT/<run>-seedN; every command in OUT/plan.txt.
@@ -29,15 +31,16 @@ what=${1:-digits}
 what=${what/#\~\//${HOME:-}/} source=$what           # quoted, ~ reaches us as it is
 case "$what" in
 digits|cifar10|test) ;;
-imagenet)
-    [ -d "${2:-}" ] || refuse "imagenet needs the folder of its training images, a sub-folder per class:" \
-        "bash run_all.sh imagenet FOLDER"
+imagenet|imagenet-pruning)
+    [ -d "${2:-}" ] || refuse "$what needs the folder of its training images, a sub-folder per class:" \
+        "bash run_all.sh $what FOLDER"
     source=$(realpath "$2") ;;
 hf:*) what=folder ;;
-*)  [ -e "$what" ] || refuse "$what: neither digits, cifar10, hf:NAME nor test, and no such folder or file"
+*)  [ -e "$what" ] || refuse "$what: neither digits, cifar10, imagenet, imagenet-pruning, hf:NAME nor test, and no" \
+        "such folder or file"
     source=$(realpath "$what") what=folder ;;
 esac
-for path in ROOT SURROGATE_WEIGHTS SCORER VISUAL_WEIGHTS JUDGE_WEIGHTS REFERENCE VAE TEXT; do
+for path in ROOT SURROGATE_WEIGHTS SCORER VISUAL_WEIGHTS JUDGE_WEIGHTS REFERENCE VAE TEXT SD; do
     [ ! -e "${!path:-}" ] || export "$path=$(realpath "${!path}")"
 done
 cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")"

@@ -11,6 +11,7 @@ Reads   CHECKPOINT         last.pt or step_*.pt of train.py, with the settings o
 Writes  OUT/samples.npy    uint8 (n, H, W, C);  OUT/sample_labels.npy int64 (n,);  OUT/grid.png
         OUT/samples.npz    with --npz: arr_0 and arr_1, the form of ADM's evaluator
         OUT/png/           with --png flat: a file for each sample; classes: OUT/png-classes/
+        DIR/unet or DIR/pytorch_lora_weights.safetensors with --export DIR, of Stable Diffusion
         With several --cfg each set is named by its guidance: samples_cfg1.5.npy, grid_cfg1.5.png.
         They share labels and start noise, so that only the guidance differs.
 
@@ -269,7 +270,9 @@ def parse_args(argv=None):
                    help="the checkpoint holds official weights of this kind")
     p.add_argument("--vae", help="decoder of a model of latents, an AutoencoderKL of diffusers by "
                                  "name or folder; default: its data's")
-    p.add_argument("--out", required=True, help="folder to write to, usually the run's")
+    p.add_argument("--out", help="folder to write to, usually the run's")
+    p.add_argument("--export", metavar="DIR", help="Stable Diffusion: write DIR/unet, or the LoRA "
+                   "file, as diffusers loads it, and draw nothing")
     p.add_argument("--num", type=common.count, default=1000,
                    help="number of samples (50 000 for published figures)")
     p.add_argument("--sampler", choices=sorted({s for kind in SAMPLERS.values() for s in kind}),
@@ -308,6 +311,8 @@ def parse_args(argv=None):
     if isinstance(args.labels, list):
         # In the record a text, as it always was.
         args.labels = ",".join(args.labels)
+    if bool(args.out) == bool(args.export):
+        p.error("give --out FOLDER, to draw, or --export DIR")
     if isinstance(args.cfg, list):
         # 1.5 and 1.5000001 would share a file.
         if len(set(common.sample_names(args.cfg).values())) < len(args.cfg):
@@ -318,9 +323,25 @@ def parse_args(argv=None):
     return args
 
 
+def export_network(args):
+    """--export: the folder that diffusers loads, and nothing is drawn."""
+    from models.sd import SD, export
+    folder = Path(args.export)
+    common.need(not folder.exists(), f"{folder}: is there already; choose another --export, or "
+                                     "remove it")
+    _, model, _ = common.open_checkpoint(args.checkpoint, args.official)
+    common.need(isinstance(model, SD), f"--export {folder}: {args.checkpoint} holds no Stable "
+                "Diffusion, and diffusers knows no other network of this kit; leave it out")
+    if common.rank() == 0:
+        export(model, folder)
+        common.log(f"{folder}: its EMA, for diffusers")
+
+
 @common.command
 def main(argv=None):
     args = parse_args(argv)
+    if args.export:
+        return export_network(args)
     device = common.get_device(args.device)
     inputs = load_inputs(args, device)               # nothing is written yet
     names = inputs.names.values()

@@ -25,8 +25,17 @@ runs of a few hundred steps, too few for class embeddings that start at 0.02 to 
 
 An MDT (Gao et al. 2023, arXiv 2303.14389, version 2) takes two passes a step and sums their losses:
 a full one, and one whose encoder sees 1 - r of the tokens, r in [--mask-ratio, --mask-ratio + 0.2].
-They have a curve each, "diffusion" and "masked". The masked one is far higher, and that is no
+They have a curve each, "diffusion" and "masked". The masked one is higher, and that is no
 fault: a network that predicts nothing scores 1 in each.
+
+Stable Diffusion 1 or 2 (Rombach et al. 2022; pip install diffusers transformers) is fine-tuned on
+latents of its own VAE, with "a photo of a {class}" for every class and nothing for the null class:
+
+    python train.py --data data/in100 --official sd --init sd15/ --steps 0 --out runs/in100/base
+    python train.py --data data/in100 --init runs/in100/base/last.pt --out runs/in100/full
+
+The first makes it a checkpoint like others, and is the baseline of what follows. --lora RANK trains
+adapters alone (pip install peft), with --official sd --init FOLDER.
 """
 import argparse
 import contextlib
@@ -51,7 +60,8 @@ from models.official import OFFICIAL
 from models.vae import check_latents
 
 # The published recipe of each scale: DDPM's for CIFAR-10, SiT's for ImageNet, that of the public
-# script for MDTv2; digits is this kit's own. A flag overrides.
+# script for MDTv2, that of diffusers' README for Stable Diffusion with batch and warm-up of ours;
+# digits is this kit's own. A flag overrides.
 PRESETS = {
     "digits": dict(
         model="SiT-T/2", process="flow", steps=800, batch_size=128, lr=6e-3, schedule="cosine",
@@ -67,7 +77,11 @@ PRESETS = {
         model="MDT-S/2", process="ddpm", steps=400_000, batch_size=256, lr=5e-4,
         schedule="constant", warmup=0, ema=0.9999, class_std=0.02, flips=False, amp="bf16",
         checkpoint_every=50_000, optimizer="adan", min_snr=5.0, mask_ratio=0.3),
+    "sd": dict(
+        model="sd", process="ddpm", steps=15_000, batch_size=64, lr=1e-5, schedule="constant",
+        warmup=500, ema=0.9999, flips=False, amp="bf16", recompute=True, checkpoint_every=2500),
 }
+LORA_LR = 1e-4          # adapters take ten times the rate of the whole network
 MASK_SPREAD = 0.2       # the masked share of a step lies within [mask_ratio, mask_ratio + this]
 # What a run leaves, which a run that begins anew removes ...
 WRITES = ("last.pt", "step_*.pt", "samples_*.png", "stats.jsonl", "loss.png")
@@ -141,6 +155,18 @@ def mask_draws(seed, step, u, shape, tokens, ratio):
     drop = torch.rand(len(u), generator=g, device=u.device)
     kept = torch.rand(len(u), tokens, generator=g, device=u.device).argsort(1)[:, :count]
     return common.Draws(u, eps, drop, kept=kept)
+
+
+def average_of(model):
+    """A copy of the network that holds its average, and the tensors to average: its, and ours.
+
+    What is not trained, as all but the adapters of a LoRA, is shared and not copied.
+    """
+    fixed = [*model.buffers(), *(p for p in model.parameters() if not p.requires_grad)]
+    ema = copy.deepcopy(model, {id(tensor): tensor for tensor in fixed}).eval()
+    both = [(e, p) for e, p in zip(ema.parameters(), model.parameters()) if p.requires_grad]
+    ema.requires_grad_(False)
+    return ema, [e for e, _ in both], [p for _, p in both]
 
 
 @torch.no_grad()
@@ -367,10 +393,8 @@ def train(args, inputs, stage, device):
     latents = settings["latents"]
     shape = (settings["channels"], *sides(settings["size"]))         # (C, H, W)
     net = inputs.net.to(device, memory_format=torch.channels_last)
-    ema = copy.deepcopy(net.model).eval().requires_grad_(False)
     # The moving average is of the network alone: sampling needs no projector.
-    params = list(net.model.parameters())
-    ema_params = list(ema.parameters())
+    ema, ema_params, params = average_of(net.model)
     optimizer, scaler = common.optimizer_of(net, args.lr, device, args.amp, args.optimizer)
     parts = {"model": net.model, "ema": ema, "projector": net.projector, "optimizer": optimizer,
              "scaler": scaler}
@@ -489,10 +513,21 @@ def describe(args, inputs, run, feed, device):
     if abs(mean - 1) > 1e-3:
         common.log(f"note: {args.weights} averages {mean:.3f} over these images, not 1, and scales "
                    "the loss by that: was it made for another kept set?")
-    run.describe(args.model, net.model, net.process, len(inputs.keep), device)
+    trained = sum(p.numel() for p in net.model.parameters() if p.requires_grad)
+    whole = sum(p.numel() for p in net.model.parameters())
+    moments = 4 if args.optimizer == "adan" else 2
+    # The checkpoint of the run counts on AdamW's two.
+    run.describe(args.model, net.model, net.process, len(inputs.keep), device,
+                 4 * trained * (moments - 2))
+    # Weights; gradients, moments and average of what is trained; float32.
+    memory = 4 * (whole + trained * (2 + moments)) / 2**30
+    if args.model == "sd" or memory > 1:
+        common.log(f"weights, gradients, moments and average take {memory:.1f} GB of memory, "
+                   "activations come on top (less with --recompute, a smaller batch or "
+                   "--accumulate)")
     if args.mask_ratio:
         common.log("two passes a step, full and masked, about 2.1 times the work of a DiT of this "
-                   "size (1.8 of XL); the masked loss lies far above the other, and that is right")
+                   "size (1.8 of XL); the masked loss lies above the other, and that is right")
     if args.steps > run.step and not feed.images.resident:
         common.log("the images do not fit beside the network: they are read from disk ahead of "
                    "each step")
@@ -586,11 +621,15 @@ def load_inputs(args):
         load_attachments(args, inputs)
     fill_flags(args, data)
     check_flags(args, data)
+    common.need(inputs.sd or args.model != "sd", "--model sd goes on from given weights; give "
+                "--official sd --init FOLDER, or --init CHECKPOINT")
     inputs.labels = data.labels[inputs.keep]
     load_weights(args, inputs)
     inputs.settings = settings_of(args, inputs, channels, size)
     inputs.files = {"data": data.info, "indices": args.indices, "weights": args.weights,
                     "init": args.init}
+    if args.official == "sd":
+        inputs.files["init"] = Path(args.init) / "unet/diffusion_pytorch_model.safetensors"
     for name in ("keep", "text", "visual"):
         if args.attach and (Path(args.attach) / f"{name}.npy").exists():
             inputs.files[f"attach_{name}"] = Path(args.attach) / f"{name}.npy"
@@ -604,13 +643,50 @@ def load_start(args, inputs):
     common.need(args.init or not args.official,
                 f"--official {args.official} says what --init holds; give --init CHECKPOINT, or "
                 "leave it out")
-    if args.init:
+    common.need(not args.lora or args.official == "sd",
+                "--lora puts adapters beside a Stable Diffusion; give --official sd --init FOLDER")
+    if args.official == "sd":
+        from models.sd import load_sd
+        with common.user_errors():
+            inputs.init = load_sd(args.init, inputs.data.classes, args.lora)
+    elif args.init:
         # Official weights come as train.py would have written them.
         inputs.init = common.load_checkpoint(args.init, args.official)
-    if args.official:
-        known = inputs.init["args"]
+    known = settings_in(inputs.init)
+    inputs.sd = known.get("model") == "sd"
+    if args.official or inputs.sd:
         args.model = args.model or known["model"]
         args.process = args.process or known["process"]
+    if inputs.sd:
+        check_sd(args, inputs, known)
+        args.predict = args.predict or known["predict"]
+
+
+def settings_in(state):
+    """The settings of a checkpoint, {} where it has none."""
+    known = (state or {}).get("args")
+    return known if isinstance(known, dict) else {}
+
+
+def check_sd(args, inputs, known):
+    """Stable Diffusion is conditioned on its prompts, and brings its process and text along."""
+    need = common.need
+    for name in ("attach", "class_std", "dropout", "betas"):
+        need(getattr(args, name) is None, f"--{name.replace('_', '-')} does nothing in Stable "
+                                          "Diffusion; leave it out")
+    need(args.model == "sd", f"--model {args.model}: {args.init} holds Stable Diffusion; leave it "
+                             "out")
+    need(inputs.data.latents is not None,
+         f"{inputs.data.folder}: Stable Diffusion works on latents, and this folder has none; make "
+         "it with data.py --vae FOLDER/vae")
+    need(known["classes"] == inputs.data.classes,
+         f"{args.init}: its prompts are of other classes ({known['classes'][0]!r} ..., not "
+         f"{inputs.data.classes[0]!r} ...); make them anew with --official sd --init FOLDER")
+    size = known["unet"].get("sample_size")
+    side = inputs.data.latents.shape[2]
+    if size != side:
+        common.log(f"note: this network was trained on latents of {size} x {size}, these are "
+                   f"{side} x {side}: expect worse pictures at first")
 
 
 def load_kept(args, data):
@@ -649,11 +725,13 @@ def fill_flags(args, data):
     """What was left out takes the value of the preset, which network and size of images choose."""
     if args.preset is None:
         if data.latents is not None:
-            args.preset = "mdt" if (args.model or "").startswith("MDT") else "imagenet"
+            args.preset = {"MDT": "mdt", "sd": "sd"}.get((args.model or "")[:3], "imagenet")
         elif max(data.images.shape[1:3]) <= 16:
             args.preset = "digits"
         else:
             args.preset = "cifar10"
+    if args.lora and args.lr is None:
+        args.lr = LORA_LR
     for name, value in PRESETS[args.preset].items():
         # --model SiT-S/2 --preset mdt: a recipe without masks.
         if getattr(args, name) is None and (name != "mask_ratio" or knows(args.model, name)):
@@ -661,6 +739,7 @@ def fill_flags(args, data):
     if args.mask_ratio is None and knows(args.model, "mask_ratio"):
         args.mask_ratio = PRESETS["mdt"]["mask_ratio"]
     args.predict = args.predict or "eps"
+    args.recompute = bool(args.recompute)
 
 
 def check_flags(args, data):
@@ -715,17 +794,17 @@ def settings_of(args, inputs, channels, size):
         betas=betas, latents=latents, classes=data.classes,
         data=data.info["name"], data_sha256=data.info["sha256"],
         latent_scale=about.get("scale"), vae=about.get("vae"))
-    known = {}
-    if inputs.init is not None and isinstance(inputs.init.get("args"), dict):
-        known = inputs.init["args"]
+    known = settings_in(inputs.init)
     # Parts of an official network's shape.
     parts = ("learn_sigma", "depth", "decode")
+    if inputs.sd:
+        parts = ("unet", "betas", "text_shape", "prompts", "lora", "base", "base_sha256")
     settings.update({name: known[name] for name in parts if name in known})
     mine = {name: settings[name] for name in ("process", "predict", "latent_scale")
             if known.get(name) is not None}
     if known:
         # Those of earlier versions were all linear, and do not say so.
-        mine["betas"] = betas
+        mine["betas"] = settings["betas"]
     common.need_same(args.init, known, mine, "this run")
     return settings
 
@@ -747,7 +826,10 @@ def load_network(args, inputs):
     process = make_process(args.process, inputs.settings["predict"], inputs.settings["betas"])
     with common.user_errors():
         model = build(inputs.settings, inputs.text, inputs.mask)
-        if inputs.init is not None:
+        if args.lora:
+            # The base is in the network already; what is left are the prompts.
+            model.load_state_dict(inputs.init["ema"])
+        elif inputs.init is not None:
             init_from(model, inputs.init, args.init, args.init_classes == "new")
     inputs.init = None                               # that of a large network is let go
     projector = None
@@ -831,8 +913,10 @@ def parse_args(argv=None):
     p.add_argument("--compile", action="store_true",
                    help="torch.compile, of an MDT its full pass: minutes at the start, faster "
                         "steps on a GPU")
-    p.add_argument("--recompute", action="store_true",
+    p.add_argument("--recompute", action=argparse.BooleanOptionalAction,
                    help="activation checkpointing: a third slower, far less memory")
+    p.add_argument("--lora", type=common.number(int, low=1, high=4096), metavar="RANK",
+                   help="train adapters beside a Stable Diffusion, not its network")
     p.add_argument("--checkpoint-every", type=common.number(int, low=0),
                    help="steps between checkpoints, 0 for the last only")
     p.add_argument("--sample-every", type=common.number(int, low=0), default=0,

@@ -201,11 +201,14 @@ def text_tokens(text, prompt, data, device):
 
 # ---------------------------------------------------------------------------------------- networks
 def load_checkpoint(path, official=None):
-    """A checkpoint dict; official weights ('dit', 'sit') as train.py would have written them.
+    """A checkpoint dict; official weights (a kind of OFFICIAL) as train.py would have written them.
 
     Official training checkpoints carry their flags as an argparse.Namespace. Only for them that one
     class is let in: it has no __setstate__, so loading it sets attributes and runs nothing.
     """
+    need(official != "sd" and not Path(path).is_dir(),
+         f"{path}: a checkpoint is wanted; make a folder of Stable Diffusion one first: train.py "
+         f"--official sd --init {path} --steps 0")
     if not official:
         return load_pt(path, "a checkpoint of train.py")
     from models.official import official_checkpoint
@@ -222,7 +225,7 @@ def open_checkpoint(path, official=None):
     state = load_checkpoint(path, official)
     try:
         return state, *from_checkpoint(state)
-    except ValueError as e:
+    except (ValueError, FileNotFoundError, ImportError) as e:
         raise UserError(f"{path}: {e}") from e
 
 

@@ -36,9 +36,9 @@ DEFAULTS = dict(
     STEPS="20000", PER_CLASS="100", NUM_SAMPLES="10000", KEEP="0.1", SEEDS="0", SIZE="", MODEL="",
     PROCESS="", RUNS=ALL_RUNS, NPROC="1", DEVICE="auto", REPORT="short", TRAJECTORY="", QUICK="",
     SURROGATE="", SCORE="gaussian", TEXT="minilm", VISUAL="", INTERVAL="auto", JUDGE="", JUDGES="",
-    DATA_FLAGS="", DRO="", TRAIN="", SAMPLER="", GUIDANCE="1 1.5", SCORER_STEPS="", SHORT="", OUT="", ROOT="",
-    SCORER="", REFERENCE="", SURROGATE_WEIGHTS="", VISUAL_WEIGHTS="", JUDGE_WEIGHTS="", OFFICIAL="dit",
-    VAE="stabilityai/sd-vae-ft-ema", IMAGE_SIZE="256")
+    DATA_FLAGS="", DRO="", TRAIN="", SAMPLER="", GUIDANCE="1 1.5", SCORER_STEPS="", SHORT="",
+    OUT="", ROOT="", SCORER="", REFERENCE="", SD="", SURROGATE_WEIGHTS="", VISUAL_WEIGHTS="",
+    JUDGE_WEIGHTS="", OFFICIAL="dit", VAE="stabilityai/sd-vae-ft-ema", IMAGE_SIZE="256")
 OF_DATA = {
     "digits": dict(STEPS="800", PER_CLASS="15", NUM_SAMPLES="1000", KEEP="",
                    SAMPLER="--sampler heun --steps 12", SURROGATE="ddae",
@@ -50,14 +50,29 @@ OF_DATA = {
                      RUNS="random random-attach d2c-select d2c-select-attach", JUDGE="inception",
                      TEXT="google/flan-t5-xl", VISUAL="dinov2_vitb14",
                      SAMPLER="--sampler sde --steps 250", GUIDANCE="1.5"),
+    # Pruning's extension to latent models (Li et al. 2024). The papers' own sizes are not known to
+    # us: these are those of the public script of MDTv2.
+    "imagenet-pruning": dict(
+        MODEL="MDT-S/2", STEPS="400000", KEEP="0.1 0.4", NUM_SAMPLES="50000", TEXT="none",
+        RUNS="full random pruned pruned-dro full-short random-short pruned-short",
+        SURROGATE="inception", JUDGE="inception", GUIDANCE="1 3.8",
+        SAMPLER="--sampler ancestral --steps 250 --cfg-power 4"),
     # The embedded text knows the class names of digits, CIFAR and ImageNet only.
     "folder": dict(TEXT="none"),
 }
+# What imagenet-pruning has instead for MODEL=sd, at the size of Stable Diffusion 1.
+OF_SD = dict(STEPS="15000", IMAGE_SIZE="512", GUIDANCE="1.5 3", SAMPLER="--sampler ddim --steps 50")
 QUICK = dict(RUNS="full random pruned random-attach d2c-select d2c-select-attach", JUDGE="scratch",
              SCORE="gaussian", TRAJECTORY="2000")
 QUICK_SIZES = dict(STEPS="4000", NUM_SAMPLES="5000", KEEP="0.1")
 MAY_BE_EMPTY = ("DRO", "SAMPLER", "OFFICIAL")
-FILES = ("SURROGATE_WEIGHTS", "SCORER", "VISUAL_WEIGHTS", "JUDGE_WEIGHTS", "REFERENCE")
+FILES = ("SURROGATE_WEIGHTS", "SCORER", "VISUAL_WEIGHTS", "JUDGE_WEIGHTS", "REFERENCE", "SD")
+# 10^9 multiply-adds of one pass over one image: DiT's at 256 x 256, Stable Diffusion's at 512.
+WORK = {"S": 6.1, "B": 23.0, "L": 80.7, "XL": 118.6, "sd": 400.0}
+# Passes of a network in a training step, of the work of DiT's forward pass: forward and twice that
+# backward, in MDT's two passes; with recomputation one more.
+PASSES = {"MDT": 3 * 2.1, "sd": 4.0}
+FLOPS = 6e13            # a second, what one large GPU is taken to do in bf16
 LISTS = ("SEEDS", "RUNS", "JUDGE", "SCORE", "KEEP", "GUIDANCE")
 
 
@@ -78,7 +93,10 @@ def choices_of(what, env):
         defaults["SAMPLER"] = "--sampler dpm++ --steps 20"
     if what == "digits" and env.get("MODEL", "").startswith("unet"):
         ours += " --lr 1e-3"                               # the preset's rate is the tiny SiT's
-    if env.get("REPORT") == "full" and what != "imagenet":
+    if what == "imagenet-pruning" and env.get("MODEL") == "sd":
+        defaults.update(OF_SD)
+        defaults["VAE"] = str(Path(env.get("SD") or "SD", "vae"))
+    if env.get("REPORT") == "full" and not what.startswith("imagenet"):
         defaults["GUIDANCE"] = "1 1.25 1.5 2"
     c = SimpleNamespace()
     for name, value in defaults.items():
@@ -118,7 +136,7 @@ def check_choices(what, c):
     for name in FILES:
         path = getattr(c, name)
         need(not path or Path(path).exists(), f"{name}={path}: no such file")
-    need(not c.SIZE or what not in ("digits", "imagenet"),
+    need(not c.SIZE or what not in ("digits", "imagenet", "imagenet-pruning"),
          f"SIZE={c.SIZE} does nothing with {what}; leave it out")
     judges = c.JUDGE.split()
     if "ddae" in judges:
@@ -126,11 +144,19 @@ def check_choices(what, c):
                               "neither selected nor is judged")
         need(judges[0] == "ddae", f"JUDGE={c.JUDGE}: name ddae first, JUDGE_WEIGHTS are the first "
                                   "judge's")
+    need(not (c.QUICK and what.startswith("imagenet")),
+         "QUICK is for data sets of pixels; for a short imagenet set STEPS, RUNS")
     if what == "imagenet":
         need(c.SCORER, "imagenet needs SCORER=DiT-XL-2-256x256.pt, the diffusion model that scores")
         need(c.REFERENCE, "imagenet needs REFERENCE=VIRTUAL_imagenet256_labeled.npz, the statistics"
                           " that the judge compares with")
-        need(not c.QUICK, "QUICK is for data sets of pixels; for a short imagenet set STEPS, RUNS")
+    if what == "imagenet-pruning":
+        need(c.MODEL == "sd" or c.MODEL.startswith("MDT-"),
+             f"MODEL={c.MODEL}: imagenet-pruning is for MDT-S/2 or another MDT, or sd")
+        need(c.MODEL != "sd" or c.SD, "MODEL=sd needs SD=FOLDER, a Stable Diffusion 1 or 2 in "
+                                      "diffusers' format")
+        need(not set(c.RUNS.split()) & set(D2C_RUNS),
+             f"RUNS=\"{c.RUNS}\": D2C's runs are those of run_all.sh imagenet")
 
 
 def integer(text, other):
@@ -166,7 +192,8 @@ def flags_of(**values):
 
 def side_of(what, c, data):
     """The side of the pictures in pixels, 0 where it is not known before the data are there."""
-    known = {"digits": "8", "cifar10": c.SIZE or "32", "imagenet": c.IMAGE_SIZE, "folder": c.SIZE}
+    known = {"digits": "8", "cifar10": c.SIZE or "32", "imagenet": c.IMAGE_SIZE, "folder": c.SIZE,
+             "imagenet-pruning": c.IMAGE_SIZE}
     side = integer(known[what], 0)
     images = Path(data, "images.npy")
     if side or not images.exists():
@@ -204,6 +231,8 @@ class Comparison:
         name = own_name(source) if what == "folder" else what
         if what == "folder" and (name in OF_DATA or Path("data", name).resolve() == Path(source)):
             name = f"my-{name}"              # data/photos is not overwritten by what is made of it
+        if what == "imagenet-pruning":
+            name += f"-{c.IMAGE_SIZE}"       # every size has its pixels, and its latents
         if what == "cifar10" and c.SIZE:
             name = f"cifar10-{c.SIZE}"
         self.data = f"data/{name}"
@@ -216,6 +245,7 @@ class Comparison:
             c.JUDGE = " ".join(judge for judge in c.JUDGE.split() if judge != "scratch") or "pixels"
         self.commands = []
         self.runs = []
+        self.init = ""                       # from what the trainings start
         self.make_data()
         for k, seed in enumerate(c.SEEDS.split()):
             self.seed = seed
@@ -247,6 +277,10 @@ class Comparison:
         if self.what == "imagenet":
             self.add("data.py", self.source, size=c.IMAGE_SIZE, vae=c.VAE, latents_only=True,
                      batch_size=64 * int(c.NPROC), device=c.DEVICE, out=self.data)
+        elif self.what == "imagenet-pruning":
+            # Surrogate and judge look at the pixels.
+            self.add("data.py", self.source, size=c.IMAGE_SIZE, vae=c.VAE,
+                     batch_size=64 * int(c.NPROC), device=c.DEVICE, out=self.data)
         else:
             root = c.ROOT if self.what == "cifar10" else ""
             self.add("data.py", self.source, root=root, size=c.SIZE.split() or "", more=c.DATA_FLAGS,
@@ -271,13 +305,18 @@ class Comparison:
         # Small images of CIFAR take the preset that fits them; a user's folder, what fits it.
         small = self.what == "cifar10" and integer(c.SIZE, 32) <= 16
         preset = "" if small or self.what == "folder" else self.what
+        if self.what == "imagenet-pruning":
+            preset = "sd" if c.MODEL == "sd" else "mdt"
         self.add("train.py", data=self.data, preset=preset, steps=steps or c.STEPS, seed=self.seed,
-                 device=c.DEVICE, model=c.MODEL, process=c.PROCESS,
+                 device=c.DEVICE, model=c.MODEL, process=c.PROCESS, init=self.init,
                  more=f"{c.TRAIN} {shlex.join(flags_of(**flags))}", out=place, run=place)
 
     def train_sample(self, run, steps=None, **flags):
         """Train, for STEPS where no other number is given, then draw from the EMA."""
         self.train(run, steps, **flags)
+        self.sample(run)
+
+    def sample(self, run):
         c = self.c
         place = self.place(run)
         # Flags of the user's that come later count.
@@ -311,6 +350,8 @@ class Comparison:
     def compare(self):
         """Pruning at every budget, each with its own random row; then D2C at PER_CLASS images."""
         c = self.c
+        if c.MODEL == "sd":
+            self.base_row()
         self.reference = self.place("full") + "/last.pt"
         self.train_sample("full")            # always: it is the reference of all that follows
         # A weak scorer (D2C, Table 6); the proxy of DRO is compared with the full run all the same.
@@ -333,6 +374,17 @@ class Comparison:
             rival = "d2c-random"
             self.random_row(rival, dict(per_class=c.PER_CLASS))
         self.d2c_rows(self.place(rival) + "/prune/keep.npy")
+
+    def base_row(self):
+        """Stable Diffusion as it is, a row of its own: without it nobody can tell what came of it.
+
+        Trainings and DRO's proxy start from it.
+        """
+        self.add("train.py", data=self.data, preset="sd", official="sd", steps="0", seed=self.seed,
+                 device=self.c.DEVICE, more=f"--init {shlex.quote(self.c.SD)}",
+                 out=self.place("base"), run=self.place("base"))
+        self.sample("base")
+        self.init = self.place("base") + "/last.pt"
 
     def short_rows(self, end, budget):
         """The full data, random and pruned images for as many epochs as the full run had."""
@@ -366,6 +418,7 @@ class Comparison:
         if self.wants(*DRO_RUNS):
             out = self.place(f"pruned-dro{end}") + "/reweight"
             self.add("reweight.py", data=self.data, indices=keep, reference=self.reference,
+                     proxy_init=self.init,
                      more=f"{c.DRO} {shlex.join(flags_of(seed=self.seed, device=c.DEVICE))}",
                      out=out)
             weighted = dict(indices=keep, weights=f"{out}/weights.npy")
@@ -433,3 +486,32 @@ class Comparison:
                 attach = self.attach(f"{run}-attach", indices=keep, images=images, text=c.TEXT,
                                      visual=c.VISUAL, visual_weights=c.VISUAL_WEIGHTS, judge="none")
                 self.train_sample(f"{run}-attach", attach=attach)
+
+    def needs(self, images):
+        """What imagenet-pruning takes, in words: disk, and hours of one large GPU for training.
+
+        images: number of pictures. An estimate from the networks' multiply-adds and a pace that
+        most large GPUs reach; sampling and judging come on top.
+        """
+        c = self.c
+        side = integer(c.IMAGE_SIZE, 256)
+        # Bytes: pixels, latents of 8 float16 numbers an 8 x 8 patch, and samples.
+        pixels = images * 3 * side**2
+        latents = images * 16 * (side // 8) ** 2
+        samples = len(self.runs) * len(c.GUIDANCE.split()) * integer(c.NUM_SAMPLES, 0) * 3 * side**2
+        steps = 0
+        for command in self.commands:
+            if command.script == "train.py":
+                steps += integer(command.flags[command.flags.index("--steps") + 1], 0)
+            if command.script == "reweight.py":
+                steps += integer(c.STEPS, 0)         # the proxy's are the reference's
+        sd = c.MODEL == "sd"
+        size = "sd" if sd else c.MODEL.removeprefix("MDT-").split("/")[0]
+        batch = 64 if sd else 256
+        patches = (side / (512 if sd else 256)) ** 2
+        work = 2e9 * WORK.get(size, 1) * PASSES[size if sd else "MDT"] * patches    # FLOP an image
+        hours = steps * batch * work / FLOPS / 3600
+        return (f"about {(pixels + latents + samples) / 1e9:,.1f} GB of disk (pixels "
+                f"{pixels / 1e9:,.1f}, latents {latents / 1e9:,.1f}, samples {samples / 1e9:,.1f}, "
+                f"checkpoints on top) and {hours:,.1f} GPU hours for {steps:,} steps of {batch} at "
+                f"{FLOPS / 1e12:.0f} TFLOP/s, sampling on top")

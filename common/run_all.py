@@ -187,6 +187,9 @@ def compare(what, source, check):
     # In a process of its own: this one stays small, for it waits for hours.
     runner.call(["-m", "common.run_all", "--check", what, source])
     check_sizes(comparison)
+    if what == "imagenet-pruning":
+        images = sum(len(files) for _, _, files in os.walk(source))
+        print(f"{images:,} images: {comparison.needs(images)}", flush=True)
     runner.run()
 
 

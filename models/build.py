@@ -10,6 +10,7 @@ import torch
 from models.diffusion import make_process
 from models.mdt import MDT, MDTS
 from models.official import MDT_MARK, official_weights
+from models.sd import SD, PromptTable
 from models.sit import SITS, SiT
 from models.unet import UNETS, UNet
 
@@ -52,6 +53,7 @@ class Row(NamedTuple):
 MODELS = {name: Row(UNet, sizes) for name, sizes in UNETS.items()}
 MODELS.update({name: Row(SiT, sizes) for name, sizes in SITS.items()})
 MODELS.update({name: Row(MDT, sizes) for name, sizes in MDTS.items()})
+MODELS["sd"] = Row(SD, {})
 
 
 def build(settings, text=None, mask=None):
@@ -60,8 +62,9 @@ def build(settings, text=None, mask=None):
     model (a name of MODELS), process, size, channels, num_classes; optionally class_std (spread of
     the class embedding), text_shape [L, d], recompute, and the options of the network: `dropout` of
     a U-Net; `learn_sigma`, and `depth` where it is not that of the name, of a SiT; `decode` and
-    `mask_ratio` besides of an MDT. Those of another network are passed over. text (K, L, d) and
-    mask (K, L) fill the text tokens; without them a network with text_shape starts with zeros.
+    `mask_ratio` besides of an MDT; `unet`, `lora`, `base` of Stable Diffusion. Those of another
+    network are passed over. text (K, L, d) and mask (K, L) fill the text tokens; without them a
+    network with text_shape starts with zeros. Stable Diffusion's text is its table, (K + 1, L, d).
 
     Raises ValueError when the name is unknown or a size does not fit.
     """
@@ -98,9 +101,11 @@ def knows(name, option):
 
 
 def text_of(model):
-    """The text tokens (K, L, d) that a network is conditioned on; None when it has none."""
+    """The text tokens that build() takes for a network like this one; None when it has none."""
     if model.y_embedder is None or model.y_embedder.text is None:
         return None
+    if isinstance(model.y_embedder, PromptTable):
+        return model.y_embedder.text  # the empty prompt is one of its rows
     return model.y_embedder.text[:-1]  # the last row is the null class
 
 
@@ -129,6 +134,8 @@ def from_checkpoint(state, ema=True):
 def init_from(model, state, path, new_classes=False):
     """Start weights for `model` from the EMA of a checkpoint dict of train.py; its text stays.
 
+    But for the prompts of Stable Diffusion, which come with the weights.
+
     Raises ValueError that begins with `path`: when it is no such checkpoint, or at the first weight
     whose name or shape differs. Official weights go through official_checkpoint first, for SiT runs
     time the other way. new_classes: the class table starts anew, but for its null row; for
@@ -143,7 +150,7 @@ def init_from(model, state, path, new_classes=False):
         fits(model, weights)
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from e
-    if TEXT_KEY in weights:
+    if TEXT_KEY in weights and not isinstance(model.y_embedder, PromptTable):
         weights[TEXT_KEY] = model.state_dict()[TEXT_KEY]  # it came with --attach
     model.load_state_dict(weights)
 

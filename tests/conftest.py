@@ -26,7 +26,7 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(items):
     for item in items:                                                # diffusers is optional: .ci/run installs it before the slow tests
-        if "real_vae" in getattr(item, "fixturenames", ()):
+        if {"real_vae", "tiny_sd"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
 
 
@@ -135,3 +135,47 @@ def real_vae(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vae")
     net.save_pretrained(folder)
     return folder, net.eval()
+
+
+def make_sd(folder, predict="epsilon", seed=0):
+    """A tiny Stable Diffusion with random weights, saved by diffusers in the real format (0.5 MB): 8 x 8 latents of 16 x 16 pixels. Returns the pipeline."""
+    import diffusers
+    import transformers
+    torch.manual_seed(seed)
+    unet = diffusers.UNet2DConditionModel(sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4,
+                                          cross_attention_dim=32, attention_head_dim=4, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+                                          up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))
+    vae = diffusers.AutoencoderKL(block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, down_block_types=("DownEncoderBlock2D",) * 2,
+                                  up_block_types=("UpDecoderBlock2D",) * 2, sample_size=16, scaling_factor=0.18215)
+    text = transformers.CLIPTextModel(transformers.CLIPTextConfig(vocab_size=514, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                                                                 bos_token_id=512, eos_token_id=513, pad_token_id=513))
+    # CLIP writes a byte as a printable letter; a word's last letter has an ending of its own. Without merges every letter is a token.
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = {b: chr(b) for b in plain} | {b: chr(256 + k) for k, b in enumerate(b for b in range(256) if b not in plain)}
+    words = [*letters.values(), *(c + "</w>" for c in letters.values()), "<|startoftext|>", "<|endoftext|>"]
+    there = folder / "tokenizer"
+    there.mkdir(parents=True)
+    (there / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(words)}), encoding="utf-8")
+    (there / "merges.txt").write_text("#version: 0.2\n")
+    (there / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "bos_token": "<|startoftext|>",
+                                                             "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}))
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(there)
+    scheduler = diffusers.PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000, skip_prk_steps=True, steps_offset=1,
+                                        prediction_type=predict)
+    pipe = diffusers.StableDiffusionPipeline(vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=scheduler, safety_checker=None, feature_extractor=None,
+                                             requires_safety_checker=False)
+    pipe.save_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="session")
+def tiny_sd(tmp_path_factory):
+    """{"epsilon": folder, "v_prediction": folder} of such a model each; skips where its packages are not installed. Read only."""
+    for name in ("diffusers", "transformers", "peft"):
+        pytest.importorskip(name)
+    folders = {}
+    for k, predict in enumerate(("epsilon", "v_prediction")):
+        folders[predict] = tmp_path_factory.mktemp("sd") / predict
+        make_sd(folders[predict], predict, seed=k)
+    return folders

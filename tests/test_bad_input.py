@@ -813,7 +813,7 @@ def test_number_flags_are_found():
 
 PATHS = {"prune": "data out weights features scores", "reweight": "data indices reference out proxy-init",
     "attach": "data out reference difficulty indices text visual-weights judge-weights images",
-         "train": "data out indices weights attach init", "sample": "checkpoint out labels vae", "evaluate": "data samples out reference-stats runs encoder-weights",
+         "train": "data out indices weights attach init", "sample": "checkpoint out labels vae export", "evaluate": "data samples out reference-stats runs encoder-weights",
     "data": "out root indices", "report": "out encoder"}
 
 

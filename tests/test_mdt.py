@@ -438,6 +438,40 @@ def test_the_preset_is_that_of_the_public_script(tmp_path):
     assert args.mask_ratio is None and args.optimizer == "adan"
 
 
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_half_precision_trains_both_passes(amp, tiny_data, tmp_path):
+    """The bias is of the attention's precision, and a step that fp16 cannot hold is left out by Adan as well."""
+    run(tiny_data, tmp_path / "a", amp=amp, optimizer="adan", steps=4, lr=1e-4)
+    run(tiny_data, tmp_path / "b", optimizer="adan", steps=4, lr=1e-4)
+    for r, q in zip(stats(tmp_path / "a"), stats(tmp_path / "b")):
+        assert r["masked"] == pytest.approx(q["masked"], rel=0.02) and r["diffusion"] == pytest.approx(q["diffusion"], rel=0.02)
+
+
+def test_the_average_shares_what_is_not_trained():
+    net = MDT(8, 1, 3, **TINY)
+    ema, averaged, trained = train.average_of(net)
+    assert ema.mask_token is net.mask_token and ema.rel is net.rel and ema.sideblocks[0].mlp.fc1.weight is net.sideblocks[0].mlp.fc1.weight
+    assert ema.pos_embed is not net.pos_embed and torch.equal(ema.pos_embed, net.pos_embed) and not ema.pos_embed.requires_grad and net.pos_embed.requires_grad
+    assert len(averaged) == len(trained) == sum(p.requires_grad for p in net.parameters()) and not ema.training and net.training
+
+
+@pytest.mark.slow
+def test_it_learns_the_classes_of_digits(tmp_path):
+    """A classifier from elsewhere reads its samples as the digits that were asked for."""
+    import data as stage0
+    from sklearn.linear_model import LogisticRegression
+    stage0.main(["digits", "--out", str(tmp_path / "digits")])
+    train.main(["--data", str(tmp_path / "digits"), "--preset", "digits", "--model", "MDT-T/2", "--steps", "350", "--device", "cpu", "--out", str(tmp_path / "run")])
+    sample.main(["--checkpoint", str(tmp_path / "run/last.pt"), "--num", "200", "--sampler", "heun", "--steps", "12", "--cfg", "1.5", "--device", "cpu", "--out",
+                 str(tmp_path / "run")])
+    x, y = np.load(tmp_path / "digits/images.npy"), np.load(tmp_path / "digits/labels.npy")
+    reader = LogisticRegression(max_iter=500).fit(x.reshape(len(x), -1) / 255, y)
+    drawn = np.load(tmp_path / "run/samples.npy").reshape(200, -1) / 255
+    read = reader.score(drawn, np.load(tmp_path / "run/sample_labels.npy"))
+    print(f"read as asked for: {read:.0%}")
+    assert read > 0.8
+
+
 @pytest.mark.slow
 def test_compile_of_the_full_pass_changes_rounding_only(tiny_data, tmp_path):
     a, b = (run(tiny_data, tmp_path / name, compile=name == "b", steps=3, lr=1e-5) for name in "ab")

@@ -556,7 +556,7 @@ def test_official_weights_are_no_checkpoint_of_ours(key, prefix):
 
 def test_every_model_of_the_table_can_be_built():
     with torch.device("meta"):
-        for name in MODELS:
+        for name in MODELS.keys() - {"sd"}:                           # made of given weights: tests/test_sd.py
             model = build(dict(model=name, process="flow", size=32, channels=3, num_classes=10))
             assert isinstance(model, (SiT, UNet, MDT)) and isinstance(model.y_embedder, ConditionEmbedder) and model.num_classes == 10
             assert all(hasattr(model, name) for name in Network.__annotations__)

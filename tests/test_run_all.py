@@ -362,6 +362,72 @@ def test_the_imagenet_recipe(copy, tmp_path, real_vae):
     assert code == 0 and again.count("nothing to do") >= 16
 
 
+@pytest.mark.parametrize("model", ["MDT-S/2", "sd"])
+def test_what_a_pruning_of_latent_models_asks_for(model):
+    """Two budgets of random, pruned and DRO at equal steps, the first two and the full data at equal epochs; Stable Diffusion beside them as it is."""
+    env = {"MODEL": model} if model != "sd" else {"MODEL": model, "SD": str(ROOT / "models")}
+    comparison = checked("imagenet-pruning", "photos", SURROGATE="inception", JUDGE="inception", **env)
+    trained = {flag(str(c), "--out").split("/")[-1]: str(c) for c in comparison.commands if c.script == "train.py"}
+    rows = ["full", *(run + end for end in ("", "-0.4") for run in ("random", "pruned", "pruned-dro", "full-short", "random-short", "pruned-short"))]
+    assert list(trained) == ["base"] * (model == "sd") + rows and [Path(run).name for run in comparison.runs] == list(trained)
+    steps = {"MDT-S/2": 400_000, "sd": 15_000}[model]
+    for run, command in trained.items():
+        share = 1 if "short" not in run else 0.4 if "0.4" in run else 0.1
+        assert flag(command, "--steps") == str(round(share * steps) if run != "base" else 0) and flag(command, "--preset") == {"MDT-S/2": "mdt", "sd": "sd"}[model]
+        assert (flag(command, "--init") or "").endswith("base/last.pt") == (model == "sd" and run != "base")
+    weighed = [str(c) for c in comparison.commands if c.script == "reweight.py"]
+    assert len(weighed) == 2 and all(("--proxy-init" in c) == (model == "sd") and "full/last.pt" in c for c in weighed)
+    data = str(comparison.commands[0])
+    assert "--latents-only" not in data and flag(data, "--size") == {"MDT-S/2": "256", "sd": "512"}[model]
+    if model == "sd":
+        assert flag(data, "--vae") == str(ROOT / "models/vae") and flag(trained["base"], "--official") == "sd" and flag(trained["base"], "--init") == str(ROOT / "models")
+
+
+def test_what_it_needs_is_counted():
+    """1.28 million images of 256 x 256: 252 GB of pixels and 21 GB of latents; 5 000 000 steps would be so many hours of MDT-S/2."""
+    comparison = checked("imagenet-pruning", "photos", SURROGATE="inception", JUDGE="inception", KEEP="0.1", RUNS="full pruned", NUM_SAMPLES="1000", GUIDANCE="1")
+    said = comparison.needs(1_281_167)
+    assert "pixels 251.9, latents 21.0, samples 0.4" in said and "800,000 steps of 256" in said
+    hours = 800_000 * 256 * 2 * 6.1e9 * 3 * 2.1 / 6e13 / 3600
+    assert f"{hours:,.1f} GPU hours" in said
+
+
+@pytest.mark.parametrize("env, says", [(dict(MODEL="SiT-S/2"), "is for MDT-S/2 or another MDT, or sd"), (dict(MODEL="sd"), "needs SD=FOLDER"), (dict(QUICK="1"), "QUICK is for"),
+                                       (dict(RUNS="full d2c-select"), "D2C's runs are those"), (dict(SIZE="64"), "SIZE=64 does nothing")], ids=str)
+def test_bad_choices_of_it_are_refused(env, says):
+    with pytest.raises(common.UserError, match=says):
+        checked("imagenet-pruning", "photos", SURROGATE="inception", JUDGE="inception", **env)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["MDT-T/2", "sd"])
+def test_the_pruning_of_latent_models(model, tmp_path, tiny_sd):
+    """Every command in small: 2 wnids, the VAE of a tiny Stable Diffusion in the real format, a random Inception as surrogate. It judges few runs: 2 048
+    features a run take a quarter of a minute."""
+    copy, rng = copy_kit(tmp_path / "kit"), np.random.default_rng(0)
+    some = dict(RUNS="full pruned-dro", JUDGE="inception", JUDGE_WEIGHTS=str(tmp_path / "inception.pth")) if model == "sd" else dict(JUDGE="pixels")
+    judge = some["JUDGE"]
+    for k, c in enumerate(("n01440764", "n01443537")):
+        (tmp_path / "train" / c).mkdir(parents=True)
+        for i in range(12):
+            Image.fromarray((rng.integers(0, 156, (20, 24, 3)) + 50 * k).astype(np.uint8)).save(tmp_path / f"train/{c}/{i}.JPEG")
+    torch.save(torchvision.models.inception_v3(num_classes=1008, aux_logits=False, weights=None, init_weights=False).state_dict(), tmp_path / "inception.pth")
+    folder, out = tiny_sd["epsilon"], f"runs/imagenet-pruning-16-{model.replace('/', '_')}"
+    sizes = dict(MODEL=model, SD=str(folder), VAE=str(folder / "vae"), IMAGE_SIZE="16", SURROGATE_WEIGHTS=str(tmp_path / "inception.pth"), **some,
+                 STEPS="5", NUM_SAMPLES="6", KEEP="0.5", SAMPLER="--sampler ddim --steps 2 --cfg-power 4", TRAIN="--batch-size 4 --amp none --warmup 0", GUIDANCE="1.5", OUT=out,
+                 DRO="--burn-in 1", DEVICE="cpu")
+    code, said = run_all_sh(copy, "imagenet-pruning", str(tmp_path / "train"), **sizes)
+    assert code == 0, said[-3000:]
+    assert "24 images: about " in said and "GPU hours" in said
+    rows = ["base", "full", "pruned-dro"] if model == "sd" else ["full", "random", "pruned", "pruned-dro", "full-short", "random-short", "pruned-short"]
+    table = (copy / out / "report/report.md").read_text(encoding="utf-8")
+    for run in rows:
+        assert f"| {run} |" in table and json.loads((copy / out / run / "metrics.json").read_text())["encoders"][judge]["n"] == 6
+    assert len(np.load(copy / out / "pruned/prune/keep.npy")) == 12 and (copy / "data/imagenet-pruning-16/latents.npy").exists()
+    state = common.load_pt(copy / out / "pruned-dro/last.pt")
+    assert state["args"]["model"] == model and state["step"] == 5 and ("masked" in (copy / out / "full/stats.jsonl").read_text()) == (model != "sd")
+
+
 @pytest.mark.slow
 def test_quick_renews_the_report_and_puts_other_reports_beside_it(tmp_path):
     copy = copy_kit(tmp_path / "kit")                                 # of its own: every report in runs/ would stand beside this one's
