@@ -793,29 +793,35 @@ def capital(text):
     return text[:1].upper() + text[1:]
 
 
-def headroom_line(t):
-    """What could be gained at most, and how large a difference would have shown."""
+def headroom_lines(t):
+    """What could be gained at most, and how large a difference would have shown.
+
+    At the main guidance, and at each run's best where several were drawn.
+    """
     lines = []
     for rival in [name for name in t if family(name) in RANDOM]:
-        top = headroom(t, rival)
-        if top is None:
-            continue
-        halves = [e.half for e in against_random(t) if e.whom == rival and e.half is not None]
-        if not halves:
-            found = measured_effect(t[FULL], t[rival], "fd")
-            halves = [found[1]] if found[1] is not None else []
-        text = (f"**Headroom**: all images instead of `{rival}` change FD by "
-                f"{percent(-top, '+')}: no selection has more to gain.")
-        if halves:
-            x = statistics.median(halves)
-            text += f" **Detectable**: {percent(x)} (the middle half-width of a 95 % interval)."
-            if top < 2 * x:
-                text += (" Headroom below twice that: whether a selection gains **cannot be "
-                         "answered in this setting**; harm can be seen.")
-        else:
-            text += " One seed: nothing is detectable."
-        lines += [text, ""]
+        for key, where in (("fd", ""), ("best_fd", " at each run's best guidance")):
+            found = measured_effect(t[FULL], t[rival], key) if FULL in t else None
+            if found:
+                halves = [e.half for e in against_random(t, key) if e.whom == rival]
+                lines += [headroom_line(rival, where, *found[:2], halves), ""]
     return lines
+
+
+def headroom_line(rival, where, change, half, halves):
+    """change, half: from the rival to the full run. halves: those of the comparisons with it."""
+    text = f"**Headroom**{where}: all images instead of `{rival}` change FD by {percent(change, '+')}"
+    if change >= 0:
+        text += ", so the full run is no ceiling here"
+    known = [one for one in halves or [half] if one is not None]
+    if not known:
+        return f"{text}. One seed: nothing is detectable."
+    x = statistics.median(known)
+    text += f". **Detectable**: {percent(x)}, the middle half-width of a 95 % interval."
+    if -change < 2 * x:
+        text += (" Headroom below twice that: a gain that does not show **cannot be answered in "
+                 "this setting**.")
+    return text
 
 
 def memorising(t):
@@ -1522,7 +1528,7 @@ def pages(runs, t, judge, reached, pictures, notes, others, share):
     remarks = [f"> **Note.** {capital(note)}.\n" for note in notes]
     shown = [f"![{Path(name).stem}]({name})\n\n*{caption}*\n" for name, caption in pictures]
     data = first.metrics["data"]
-    main = [*heading(t, e, data), *main_table(t), "", *headroom_line(t), *remarks,
+    main = [*heading(t, e, data), *main_table(t), "", *headroom_lines(t), *remarks,
             *warnings(runs, judge), *answers(said), "## Pictures", "", *shown,
             "Every comparison, judge, guidance and cost, the meaning of the columns and the "
             "protocol: [details.md](details.md).", ""]
