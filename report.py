@@ -644,9 +644,9 @@ def sentence(e):
     if e.outcome == "undetected":
         return (f"{against}: a difference is not detectable below {percent(e.half)} (measured "
                 f"{e.size}), {repeated}")
+    full = f"{percent(abs(e.headroom))} {'lower' if e.headroom > 0 else 'higher'}"
     return (f"{against}: cannot be answered in this setting: it would show from {percent(e.half)} "
-            f"on, and the full run is {percent(e.headroom)} lower than {e.whom} (measured "
-            f"{e.size}), {repeated}")
+            f"on, and the full run is {full} than {e.whom} (measured {e.size}), {repeated}")
 
 
 # The order of the outcomes in a summary, and how it calls them.

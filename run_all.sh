@@ -9,13 +9,15 @@
 #   bash run_all.sh imagenet FOLDER     D2C's own setting on ImageNet's training images (a folder per class);
 #                                       needs downloads: SCORER=DiT-XL-2-256x256.pt REFERENCE=ADM's statistics
 #   bash run_all.sh imagenet-pruning FOLDER     Pruning then Reweighting of latent models: MODEL=MDT-S/2, or MODEL=sd
-#                                       SD=FOLDER (in diffusers' format); KEEP="0.1 0.4"; prints disk and GPU hours first
+#                                       SD=FOLDER (in diffusers' format); KEEP="0.1 0.4"; prints disk and GPU hours
 #   bash run_all.sh test                the fast tests
 #
 # Sizes come from the environment:
 #   STEPS KEEP PER_CLASS NUM_SAMPLES SEEDS SIZE MODEL PROCESS RUNS NPROC DEVICE
-#   REPORT=full (trajectories and intervals)  TRAJECTORY=n (of n samples a point)  OUT (default runs/NAME)
+#   REPORT=full (trajectories, four guidances)  TRAJECTORY=n (of n samples a point)  OUT (default runs/NAME)
 # and so do choices:
+#   JUDGES=n (networks of scratch)  GUIDANCE="1 1.5" (of the first are pictures and audit)
+#   SCORER_STEPS=n (a weak scorer instead of the full run)  SHORT=n (steps of full-short random-short pruned-short)
 #   SURROGATE SCORE ("gaussian moderate" makes two rows) TEXT VISUAL INTERVAL JUDGE, and for weights that lie here
 #   SURROGATE_WEIGHTS VISUAL_WEIGHTS JUDGE_WEIGHTS; for imagenet VAE OFFICIAL (dit, sit, mdt, repa or empty) IMAGE_SIZE
 # and flags for the scripts: DATA_FLAGS (data.py, as "--labels-from prefix") DRO (reweight.py) TRAIN (train.py) SAMPLER
