@@ -583,7 +583,7 @@ class Effect:
 
 
 def matrix(row, key):
-    """{seed: [figure under each judge]} of a row of the table; rows of older reports have no seeds."""
+    """{seed: [figure of each judge]} of a row; rows of older reports have no seeds."""
     values = row.get("judged", {}).get(key)
     if values is None:
         if None in row.get(key, [None]):
@@ -593,7 +593,7 @@ def matrix(row, key):
 
 
 def effect(t, run, rival, who, whom, what="FD", key="fd"):
-    """The Effect of a run against its rival, over the seeds that both have; None without figures."""
+    """The Effect of a run against its rival over the seeds of both; None without figures."""
     found = measured_effect(t[run], t[rival], key)
     if found is None:
         return None
@@ -630,7 +630,7 @@ def headroom(t, rival, key="fd"):
 
 
 def sentence(e):
-    """One Effect in words, for details.md. Nothing is called equal: only what would show is said."""
+    """One Effect in words, for details.md. Nothing is called equal."""
     repeated = f"n={e.seeds} seeds"
     if e.judges > 1:
         repeated += f" x {e.judges} judges"
@@ -755,7 +755,8 @@ def all_effects(t, share):
     """{question: [Effect]} of all that the report compares."""
     at_best = "FD at each run's best guidance"
     early = f"mean FD over the first {percent(share)} of training"
-    return {"random": against_random(t), "random, best guidance": against_random(t, "best_fd", at_best),
+    return {"random": against_random(t),
+            "random, best guidance": against_random(t, "best_fd", at_best),
             "weights": of_weights(t), "source": of_sources(t),
             "source, best guidance": of_sources(t, "best_fd", at_best),
             "random, early": against_random(t, "area", early),
@@ -810,7 +811,8 @@ def headroom_lines(t):
 
 def headroom_line(rival, where, change, half, halves):
     """change, half: from the rival to the full run. halves: those of the comparisons with it."""
-    text = f"**Headroom**{where}: all images instead of `{rival}` change FD by {percent(change, '+')}"
+    size = percent(change, "+")
+    text = f"**Headroom**{where}: all images instead of `{rival}` change FD by {size}"
     if change >= 0:
         text += ", so the full run is no ceiling here"
     known = [one for one in halves or [half] if one is not None]
@@ -829,7 +831,8 @@ def memorising(t):
     said = {}
     for name, row in t.items():
         if mean(row["memo"]) is not None:
-            said[name] = against_heldout(name, row) if of_full_set(row) else against_unseen(name, row)
+            judge = against_heldout if of_full_set(row) else against_unseen
+            said[name] = judge(name, row)
     return said
 
 
@@ -1060,8 +1063,8 @@ def answer_elsewhere(t, setting, others):
                    and theirs[run].outcome in ("lower", "higher")]
         same = sum(mine[run].outcome == theirs[run].outcome for run in claimed)
         if both:
-            said.append(f"{name}: of {len(both)} runs in both, {len(claimed)} differ from random in "
-                        f"both places beyond the interval, {same} of them the same way")
+            said.append(f"{name}: of {len(both)} runs in both, {len(claimed)} differ from random "
+                        f"in both places beyond the interval, {same} of them the same way")
     return said
 
 
@@ -1503,8 +1506,8 @@ def protocol(run, e):
     power = "" if drawn("cfg_power") is None else f" with power {drawn('cfg_power'):g}"
     versions = ", ".join(f"{name} {value}" for name, value in run.metrics["provenance"].items())
     return ["## Protocol", "",
-            f"Sampler {drawn('sampler')}, {drawn('steps')} steps, guidance {drawn('cfg')}{power} on t in "
-            f"{drawn('cfg_interval')}, labels {drawn('labels')}, seed {drawn('seed')}, "
+            f"Sampler {drawn('sampler')}, {drawn('steps')} steps, guidance {drawn('cfg')}{power} on "
+            f"t in {drawn('cfg_interval')}, labels {drawn('labels')}, seed {drawn('seed')}, "
             f"{drawn('weights')} weights, amp {drawn('amp')}; encoder {e['identity']}; {figures}"
             f"Training: {args['model']}, {args['process']}, batch {args['batch_size']}, lr "
             f"{args['lr']:g}, EMA {args['ema']}, amp {args['amp']}.", "",

@@ -283,7 +283,8 @@ class Comparison:
                      batch_size=64 * int(c.NPROC), device=c.DEVICE, out=self.data)
         else:
             root = c.ROOT if self.what == "cifar10" else ""
-            self.add("data.py", self.source, root=root, size=c.SIZE.split() or "", more=c.DATA_FLAGS,
+            size = c.SIZE.split() or ""
+            self.add("data.py", self.source, root=root, size=size, more=c.DATA_FLAGS,
                      out=self.data)
 
     def prune(self, run, score, budget, **surrogate):
@@ -333,7 +334,9 @@ class Comparison:
         c = self.c
         first = c.JUDGE.split()[0]
         judged = dict(data=self.data, device=c.DEVICE, runs=runs, encoder_weights=c.JUDGE_WEIGHTS,
-                      reference_stats=c.REFERENCE, judges=c.JUDGES if "scratch" in c.JUDGE.split() else "")
+                      reference_stats=c.REFERENCE)
+        if "scratch" in c.JUDGE.split():
+            judged["judges"] = c.JUDGES
         # The comparisons of other data sets and networks, where there is a place for them.
         beside = "runs" if self.out.startswith("runs/") or Path("runs").is_dir() else ""
         report = dict(encoder=first, beside=beside, out=f"{self.out}/report")
@@ -390,7 +393,8 @@ class Comparison:
         """The full data, random and pruned images for as many epochs as the full run had."""
         steps = self.c.SHORT
         if not steps:
-            need("keep" in budget, "RUNS: short runs of a number of images a class need SHORT=steps")
+            need("keep" in budget, "RUNS: short runs of a number of images a class need "
+                 "SHORT=steps")
             # What is no number is prune.py's to refuse.
             with contextlib.suppress(ValueError):
                 steps = max(1, round(float(budget["keep"]) * integer(self.c.STEPS, 1)))

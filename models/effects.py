@@ -1,6 +1,6 @@
 """Differences between two runs that were repeated over seeds and seen by several judges.
 
-    change, half = relative_effect(a, b)             # a, b: figures (S, J) of the same seeds, judges
+    change, half = relative_effect(a, b)     # figures (S, J) of the same seeds and judges
 
 Needs numpy and scipy alone.
 """
@@ -57,7 +57,7 @@ def two_way_interval(x, level=0.95):
 
 
 def best_guidance(fd):
-    """(figures (S, J) at the best guidance, the two choices), each half scored by the other's choice.
+    """(figures (S, J) at the best guidance, the two choices); the halves choose for each other.
 
     fd (G, S, J, 2): of each guidance, seed, judge and half of the noise. The lowest mean of a half
     says which guidance is best there; it is scored on the other half, for the lowest of several
@@ -70,7 +70,7 @@ def best_guidance(fd):
 
 
 def mean_until(steps, values, end):
-    """Mean height (J,) of a curve from its first point to `end`: trapezoids, the last one cut there.
+    """Mean height (J,) of a curve from its first point to `end`, by trapezoids.
 
     steps (P,) rising, values (P, J). Early quality as one number. None where the curve begins at
     `end` or later, or does not reach it.
