@@ -1301,8 +1301,8 @@ def heading(t, e, data):
              f"{e['distance']}, lower is better, {e['n']:,} samples a run{cfg}, reference: "
              f"{e['reference']}{size}. Judges: {judges}. Seeds: {seeds}{spreads}", ""]
     if judges == 1 and e["identity"].startswith("scratch"):
-        lines += ["> **One judge.** Scratch networks of other seeds order these runs otherwise as "
-                  "often as not; run evaluate.py again, which asks several.", ""]
+        lines += ["> **One judge.** Scratch networks of other seeds may order these runs "
+                  "otherwise; run evaluate.py again, which asks several.", ""]
     return lines
 
 
