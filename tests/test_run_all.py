@@ -447,8 +447,8 @@ def test_quick_renews_the_report_and_puts_other_reports_beside_it(tmp_path):
     assert "| pruned-moderate |" in (copy / "runs/quick/report/report.md").read_text(encoding="utf-8")
     code, out = run_all_sh(copy, PROCESS="ddpm", STEPS="4", NUM_SAMPLES="40", RUNS="full random pruned", JUDGE="scratch", DEVICE="cpu")          # the first report beside it
     assert code == 0 and "report so far" not in out, out[-3000:]
-    text = (copy / "runs/digits-ddpm/report/report.md").read_text(encoding="utf-8")
-    assert re.search(r"Pruning, FD against random: [+-]\d+ % here \(one seed\); [+-]\d+ % with SiT-T/2 \(flow\) on digits 8 x 8, 4 steps of 128, scratch \[quick\]", text)
+    text = (copy / "runs/digits-ddpm/report/details.md").read_text(encoding="utf-8")
+    assert re.search(r"Pruning, FD against random: [+-][\d.]+ % here \(one seed\); [+-][\d.]+ % with SiT-T/2 \(flow\) on digits 8 x 8, 4 steps of 128, scratch \[quick\]", text)
 
 
 def test_sources_of_every_kind_and_flags_of_data_py(stub):
