@@ -324,7 +324,8 @@ def test_a_folder_of_pictures(copy, tmp_path):
         for i in range(20):
             Image.fromarray(rng.integers(0, 120, (16, 16, 3)).astype(np.uint8) + (100 if c == "cat" else 0)).save(tmp_path / f"my pets/{c}/{i}.png")
     code, out = run_all_sh(copy, str(tmp_path / "my pets"), STEPS="3", NUM_SAMPLES="24", PER_CLASS="3", KEEP="0.3 0.5", MODEL="unet-tiny", DEVICE="cpu", NPROC="2",
-                        RUNS="full random pruned random-attach d2c-select", SAMPLER="--steps 3 --cfg 1.5")
+                        RUNS="full random pruned random-attach d2c-select", SAMPLER="--steps 3 --cfg 1.5",
+                        SURROGATE="ddae", VISUAL="ddae", JUDGE="scratch pixels", JUDGES="1")
     assert code == 0, out[-3000:]
     table = (copy / "runs/my pets-unet-tiny/report/report.md").read_text(encoding="utf-8")
     for run in ("full", "random", "random-0.5", "pruned", "pruned-0.5", "d2c-random", "random-attach", "d2c-select"):
