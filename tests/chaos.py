@@ -135,7 +135,7 @@ def call(command, cwd, event=None, after=None, how=signal.SIGKILL, limit=None, t
 
 # ---------------------------------------------------------------------------------------------- what a folder says
 TIMES = re.compile("second|spent|provenance|cost|preparation")        # how long things took, and on what
-OF_TIMES = re.compile(r"report\.md|frontier\.png|.*\.seconds\.json")  # show such figures: only that they stand is compared
+OF_TIMES = re.compile(r"(report|details)\.md|frontier\.png|.*\.seconds\.json")  # show such figures: only that they stand is compared
 HASHED = {"checkpoint", "reference", "weights", "visual_weights", "baseline", "identity", "visual"}             # hashes of checkpoints, which hold their seconds
 
 
@@ -225,7 +225,7 @@ def check_same(base, facts, kills, rng):
 def check_kills(base, facts, kills, rng):
     """Kills at random moments, half of them inside a save; then the same command again."""
     table, done, rounds = collections.defaultdict(collections.Counter), 0, 0
-    wanted, late = content(base / "ref"), 0
+    wanted = content(base / "ref")
     while done < kills:
         folder, rounds = base / f"killed{rounds}", rounds + 1
         folder.mkdir()

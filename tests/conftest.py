@@ -1,4 +1,5 @@
 """Puts the repository root on the path and keeps tests on few threads, so that two of them do not fight for cores."""
+import contextlib
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # torch is imported above, and read it then
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
 
@@ -28,6 +30,39 @@ def pytest_collection_modifyitems(items):
     for item in items:                                                # diffusers is optional: .ci/run installs it before the slow tests
         if {"real_vae", "tiny_sd"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
+
+
+def as_flags(values):
+    """batch_size=8, flips=True, model=None -> --batch-size 8 --flips, the words of a command line."""
+    words = []
+    for k, v in values.items():
+        words += [] if v is None or v is False else ["--" + k.replace("_", "-")] + ([] if v is True else [str(v)])
+    return words
+
+
+def stats(out, drop=("seconds",)):
+    """The rows of a run's stats.jsonl without what differs from call to call."""
+    return [{k: v for k, v in json.loads(line).items() if k not in drop} for line in (Path(out) / "stats.jsonl").read_text().splitlines()]
+
+
+@contextlib.contextmanager
+def crash_at(step):
+    """In the block the training loop raises at `step`, as a killed process stops there; it must come that far."""
+    import common
+
+    class Crash(Exception):
+        pass
+
+    real = common.lr_at
+
+    def lr_at(n, *rest):
+        if n == step:
+            raise Crash
+        return real(n, *rest)
+
+    with pytest.MonkeyPatch.context() as m, pytest.raises(Crash):
+        m.setattr(common, "lr_at", lr_at)
+        yield
 
 
 def copy_kit(there):

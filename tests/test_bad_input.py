@@ -28,7 +28,6 @@ import torch
 from PIL import Image
 
 import common
-import data
 import evaluate
 from conftest import ROOT, make_data
 

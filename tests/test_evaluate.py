@@ -550,6 +550,7 @@ def test_processes_measure_what_one_measures(n, more, world, tmp_path):
     """Uneven shards everywhere; statistics of more images than are held; samples of an .npz are sent to the others."""
     flags = ["--reference-max", "50", "--bootstrap", "2", *more]
     shutil.copytree(world, tmp_path / "n")
+    torch.set_num_threads(1)  # as each of the processes: training the judges rounds by the number of threads
     run(world, "--batch-size", "16", *flags, judges=2)
     ranks = processes(n, ROOT / "evaluate.py", "--data", tmp_path / "n" / "data", "--runs", tmp_path / "n" / "full", tmp_path / "n" / "small", "--encoder", "scratch", "--judges", "2",
                       "--device", "cpu", "--batch-size", "16", *flags)

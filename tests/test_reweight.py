@@ -17,7 +17,7 @@ from models.build import build, from_checkpoint
 import reweight
 from conftest import published_loss
 from models import diffusion
-from models.permutation import (deal, derangement, holm, permutation_test, permuted_null,
+from models.permutation import (derangement, holm, permutation_test, permuted_null,
                                 permuted_record)
 from models.sit import SiT
 from reweight import class_excess, class_weights, dro_path, dro_update, uniform_rows

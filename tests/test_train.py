@@ -21,7 +21,7 @@ from models.build import build, from_checkpoint
 from models.diffusion import sample_latents, to_pixels
 from models.sit import SiT
 import train
-from conftest import make_data, published_loss
+from conftest import as_flags, crash_at, make_data, published_loss, stats
 
 ROOT = Path(train.__file__).parent
 BASE = dict(model="SiT-T/2", process="flow", steps=6, batch_size=8, lr=1e-3, schedule="constant", warmup=2, log_every=2, checkpoint_every=2, device="cpu")
@@ -41,10 +41,7 @@ def fast(monkeypatch):
 
 
 def argv(data, out, *extra, **flags):
-    words = []
-    for k, v in {**BASE, "data": data, "out": out, **flags}.items():
-        words += [] if v is None or v is False else ["--" + k.replace("_", "-")] + ([] if v is True else [str(v)])
-    return words + [str(e) for e in extra]
+    return as_flags({**BASE, "data": data, "out": out, **flags}) + [str(e) for e in extra]
 
 
 def run(data, out, *extra, **flags):
@@ -75,31 +72,9 @@ def same_state(a, b):
     return [k for k in ("model", "ema", "projector", "optimizer", "scaler", "step", "images_seen", "skipped") if not equal(a[k], b[k])] == []
 
 
-def stats(out, drop=("seconds",)):
-    return [{k: v for k, v in json.loads(line).items() if k not in drop} for line in (Path(out) / "stats.jsonl").read_text().splitlines()]
-
-
-def crash_at(monkeypatch, step):
-    """A context in which the loop raises at `step`, as a killed process stops there."""
-    real = common.lr_at
-
-    def lr_at(n, *rest):
-        if n == step:
-            raise Crash
-        return real(n, *rest)
-    m = pytest.MonkeyPatch.context()
-    inner = m.__enter__()
-    inner.setattr(common, "lr_at", lr_at)
-    return m
-
-
 def interrupted(monkeypatch, step, *a, **kw):
-    m = crash_at(monkeypatch, step)
-    try:
-        with pytest.raises(Crash):
-            run(*a, **kw)
-    finally:
-        m.__exit__(None, None, None)
+    with crash_at(step):
+        run(*a, **kw)
 
 
 @pytest.fixture
