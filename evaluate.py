@@ -580,6 +580,8 @@ def measure(args, inputs, team, weights, todo):
             with common.user_errors():
                 trajectory(inputs.runs[k], refs, args)
         return
+    # The networks are all there by now.
+    key = judged_by(team.judges[0].name, weights, inputs)
     # One judge after the other, for each holds the features of the whole training set.
     for judge in judges:
         left = [k for k, done in todo.items() if judge >= done]
@@ -587,10 +589,10 @@ def measure(args, inputs, team, weights, todo):
             continue
         ref = reference(judge)
         for k in left:
-            measure_samples(inputs.runs[k], ref, args, inputs, weights)
+            measure_samples(inputs.runs[k], ref, args, inputs, key)
 
 
-def measure_samples(run, ref, args, inputs, weights):
+def measure_samples(run, ref, args, inputs, key):
     """The figures of one judge into metrics.json, where those of the judges before it stay."""
     start = time.time()
     info = inputs.data.info
@@ -610,7 +612,7 @@ def measure_samples(run, ref, args, inputs, weights):
     rows.append(mine)
     row = joint(rows)
     row["seconds"] = sum(one["seconds"] for one in rows)
-    row["settings"] = settings(run, name, weights, args, inputs)
+    row["settings"] = settings(run, key, args, inputs)
     row["circular"] = name in run.judges
     row["judges"] = rows
     common.save_json(run.file, {
@@ -934,15 +936,12 @@ def step_of(file):
 
 
 # ---------------------------------------------------------------------- what is measured already
-def settings(run, name, weights, args, inputs):
+def settings(run, judged_by, args, inputs):
     """What a run's figures under an encoder depend on, beside its samples.
 
     When any of it has changed they are measured again.
     """
     info = inputs.data.info
-    judged_by = digest_of(weights)
-    if encoders.ENCODERS[name].needs_labels:
-        judged_by = identities(weights or inputs.data.folder / "scratch.pt", inputs.judges)
     # Only a model of a subset is compared with the full model's samples.
     baseline = None
     audited = args.audit and run.main
@@ -954,6 +953,16 @@ def settings(run, name, weights, args, inputs):
             "reference_stats": digest_of(args.reference_stats),
             "reference_max": args.reference_max, "labels": array_hash(run.labels),
             "kept": array_hash(run.keep), "baseline": baseline}
+
+
+def judged_by(name, weights, inputs):
+    """What an encoder's weights are known by: the hash of their file, or of every network of scratch.
+
+    None, which no figures of scratch have, while some of its networks are still to be trained.
+    """
+    if encoders.ENCODERS[name].needs_labels:
+        return identities(weights or inputs.data.folder / "scratch.pt", inputs.judges)
+    return digest_of(weights)
 
 
 def identities(path, count):
@@ -985,12 +994,12 @@ def earlier(run, info):
     return old if same else {}
 
 
-def standing(run, name, weights, args, inputs):
+def standing(run, name, key, args, inputs):
     """Of how many judges metrics.json holds the run's figures, and they stand."""
     row = earlier(run, inputs.data.info).get("encoders", {}).get(name)
     if not row or args.overwrite or args.trajectory:
         return 0
-    same = row.get("settings") == settings(run, name, weights, args, inputs)
+    same = row.get("settings") == settings(run, key, args, inputs)
     return len(row["judges"]) if same else 0
 
 
@@ -1028,9 +1037,10 @@ def load_inputs(args, data):
     weights_of = [*(args.encoder_weights or ()), *[None] * len(args.encoder)]
     for name, weights in zip(args.encoder, weights_of):
         count = judges_of(name, inputs)
+        key = judged_by(name, weights, inputs)
         todo = {}
         for k, run in enumerate(inputs.runs):
-            done = standing(run, name, weights, args, inputs)
+            done = standing(run, name, key, args, inputs)
             if done < count:
                 todo[k] = done
             elif run.main:

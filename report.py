@@ -80,10 +80,10 @@ def read_run(folder):
     """One run as a namespace, its figures under every encoder at every guidance."""
     folder = Path(folder)
     guided = {}                                            # {guidance: figures}, the main one first
-    for cfg, samples in common.samples_of(folder).items():
+    files = common.samples_of(folder)
+    for cfg, samples in files.items():
         file = folder / (f"metrics_cfg{cfg:g}.json" if guided else "metrics.json")
         guided[cfg] = read_metrics(file, folder, samples)
-    main = next(iter(common.samples_of(folder).values()))
     train = read_training(folder / "train.args.json", folder)
     for metrics in guided.values():
         # Samples, figures and weights must be of one state of the run.
@@ -100,7 +100,7 @@ def read_run(folder):
         train=train,
         costs=costs,                                       # {thing: (what, seconds)}
         preparation=preparation(costs),                    # {what: seconds}
-        samples=np.load(main, mmap_mode="r"),              # (n, H, W, C)
+        samples=np.load(next(iter(files.values())), mmap_mode="r"),     # (n, H, W, C)
         trajectory=read_trajectory(folder / "trajectory.json"),
         nearest=read_picture(folder / "nearest.png"))      # (h, w[, 3]), or None
 
@@ -794,17 +794,18 @@ def capital(text):
     return text[:1].upper() + text[1:]
 
 
-def headroom_lines(t):
+def headroom_lines(t, effects):
     """What could be gained at most, and how large a difference would have shown.
 
     At the main guidance, and at each run's best where several were drawn.
     """
     lines = []
     for rival in [name for name in t if family(name) in RANDOM]:
-        for key, where in (("fd", ""), ("best_fd", " at each run's best guidance")):
+        for key, asked, where in (("fd", "random", ""), ("best_fd", "random, best guidance",
+                                                         " at each run's best guidance")):
             found = measured_effect(t[FULL], t[rival], key) if FULL in t else None
             if found:
-                halves = [e.half for e in against_random(t, key) if e.whom == rival]
+                halves = [e.half for e in effects[asked] if e.whom == rival]
                 lines += [headroom_line(rival, where, *found[:2], halves), ""]
     return lines
 
@@ -1531,7 +1532,7 @@ def pages(runs, t, judge, reached, pictures, notes, others, share):
     remarks = [f"> **Note.** {capital(note)}.\n" for note in notes]
     shown = [f"![{Path(name).stem}]({name})\n\n*{caption}*\n" for name, caption in pictures]
     data = first.metrics["data"]
-    main = [*heading(t, e, data), *main_table(t), "", *headroom_lines(t), *remarks,
+    main = [*heading(t, e, data), *main_table(t), "", *headroom_lines(t, effects), *remarks,
             *warnings(runs, judge), *answers(said), "## Pictures", "", *shown,
             "Every comparison, judge, guidance and cost, the meaning of the columns and the "
             "protocol: [details.md](details.md).", ""]

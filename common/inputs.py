@@ -271,14 +271,14 @@ def open_encoder(name, data, device, weights=None, tokens=False, judge=0):
     """The encoder `name` for a data folder. scratch without weights: DATA/scratch.pt, made once.
 
     tokens: it must have patch tokens that float16 holds; those of the first image are tried.
-    judge: which network of scratch.
+    judge: which network of a file of scratch's, see open_judges().
     """
     from models import encoders
     with user_errors():
         if name == "scratch" and not weights:
             weights = data.folder / "scratch.pt"
-            if rank() == 0:
-                make_scratch(weights, data, device, judge + 1)
+            if rank() == 0 and not weights.exists():
+                make_scratch(weights, data, device)
             barrier(patient=True)
         try:
             encoder = encoders.load(name, device, weights=weights, images=data.images, judge=judge)
@@ -306,10 +306,14 @@ def open_judges(name, data, device, weights=None, count=1):
         need(held >= count, f"{weights}: holds {held} network(s), fewer than --judges {count}; "
                             "give fewer, or leave the file out")
     # The first is tried before others are trained to stand beside it.
-    first = open_encoder(name, data, device, weights)
-    if count > 1:
-        open_encoder(name, data, device, weights, judge=count - 1)
-    return [first, *(open_encoder(name, data, device, weights, judge=k) for k in range(1, count))]
+    judges = [open_encoder(name, data, device, weights)]
+    if not weights:
+        weights = data.folder / "scratch.pt"
+        if rank() == 0:
+            with user_errors():
+                make_scratch(weights, data, device, count)
+        barrier(patient=True)
+    return judges + [open_encoder(name, data, device, weights, judge=k) for k in range(1, count)]
 
 
 def networks_in(path):

@@ -41,8 +41,7 @@ DEFAULTS = dict(
     JUDGE_WEIGHTS="", OFFICIAL="dit", VAE="stabilityai/sd-vae-ft-ema", IMAGE_SIZE="256")
 OF_DATA = {
     "digits": dict(STEPS="800", PER_CLASS="15", NUM_SAMPLES="1000", KEEP="",
-                   SAMPLER="--sampler heun --steps 12", SURROGATE="ddae",
-                   VISUAL="ddae", JUDGE="scratch pixels",
+                   SAMPLER="--sampler heun --steps 12",
                    DRO="--eta 0.05 --steps 400 --batch-size 64"),
     "cifar10": dict(KEEP="0.1 0.4", SCORE="gaussian moderate"),
     # D2C's own setting (Huang et al. 2025, section 4).
