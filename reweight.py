@@ -357,7 +357,9 @@ def parse_args(argv=None):
                    help="clip at 0 after the class mean, or inside it: DoReMi's, biased upwards")
     p.add_argument("--proxy-model", choices=MODELS, help="its network; default: the reference's")
     p.add_argument("--proxy-init", help="checkpoint whose EMA the proxy starts from; default: none")
-    p.add_argument("--amp", choices=common.AMP, help="precision; default: the reference's")
+    p.add_argument("--amp", choices=common.AMP_CHOICES,
+                   help="precision; default: the reference's, or auto where this hardware would "
+                        "emulate that")
     p.add_argument("--permutations", type=common.number(int, low=19, high=100_000),
                    help="of the images, for the null; default 200, or 20 a class up to 2 000")
     p.add_argument("--checkpoint-every", type=common.count, default=200, help="steps between saves")
@@ -371,13 +373,15 @@ def main(argv=None):
     args = parse_args(argv)
     device = common.get_device(args.device)
     common.fast_float32()
+    inherited = args.amp is None
     inputs = load_inputs(args)                       # nothing is written yet
+    hardware = common.settle_amp(args, device, inherited)
     def ready():                                     # else the null alone is made anew
         record = common.load_record(Path(args.out, "reweight.args.json"))
         return record.get("null_permutations") == args.permutations
 
     with common.Stage("reweight", args, inputs.files, OUTPUTS, FREE, stale=OUTPUTS,
-                      scraps=("excess.part.npy",), ready=ready) as stage:
+                      scraps=("excess.part.npy",), ready=ready, open=hardware) as stage:
         if stage.done:
             return
         if args.eta >= 10:

@@ -61,25 +61,26 @@ from models.vae import check_latents
 
 # The published recipe of each scale: DDPM's for CIFAR-10, SiT's for ImageNet, that of the public
 # script for MDTv2, that of diffusers' README for Stable Diffusion with batch and warm-up of ours;
-# digits is this kit's own. A flag overrides.
+# digits is this kit's own, in float32 on any hardware: so small a network gains nothing from less.
+# A flag overrides.
 PRESETS = {
     "digits": dict(
         model="SiT-T/2", process="flow", steps=800, batch_size=128, lr=6e-3, schedule="cosine",
         warmup=50, ema=0.99, class_std=1.0, flips=False, amp="none", checkpoint_every=100),
     "cifar10": dict(
         model="unet", process="ddpm", steps=100_000, batch_size=128, lr=2e-4, schedule="constant",
-        warmup=5000, ema=0.9999, class_std=0.02, flips=True, amp="bf16", checkpoint_every=10_000),
+        warmup=5000, ema=0.9999, class_std=0.02, flips=True, amp="auto", checkpoint_every=10_000),
     "imagenet": dict(
         model="SiT-XL/2", process="flow", steps=40_000, batch_size=256, lr=1e-4,
-        schedule="constant", warmup=0, ema=0.9999, class_std=0.02, flips=False, amp="bf16",
+        schedule="constant", warmup=0, ema=0.9999, class_std=0.02, flips=False, amp="auto",
         checkpoint_every=10_000),
     "mdt": dict(
         model="MDT-S/2", process="ddpm", steps=400_000, batch_size=256, lr=5e-4,
-        schedule="constant", warmup=0, ema=0.9999, class_std=0.02, flips=False, amp="bf16",
+        schedule="constant", warmup=0, ema=0.9999, class_std=0.02, flips=False, amp="auto",
         checkpoint_every=50_000, optimizer="adan", min_snr=5.0, mask_ratio=0.3),
     "sd": dict(
         model="sd", process="ddpm", steps=15_000, batch_size=64, lr=1e-5, schedule="constant",
-        warmup=500, ema=0.9999, flips=False, amp="bf16", recompute=True, checkpoint_every=2500),
+        warmup=500, ema=0.9999, flips=False, amp="auto", recompute=True, checkpoint_every=2500),
 }
 LORA_LR = 1e-4          # adapters take ten times the rate of the whole network
 MASK_SPREAD = 0.2       # the masked share of a step lies within [mask_ratio, mask_ratio + this]
@@ -909,7 +910,9 @@ def parse_args(argv=None):
                    help="dropout inside a U-Net; default: the network's own")
     p.add_argument("--class-std", type=common.number(above=0, high=100),
                    help="spread of the initial class embedding; 1 for short runs")
-    p.add_argument("--amp", choices=common.AMP, help="precision of forward and backward pass")
+    p.add_argument("--amp", choices=common.AMP_CHOICES,
+                   help="precision of forward and backward pass; auto: bf16 where the hardware "
+                        "computes it, fp16 on older GPUs, else none, which is float32")
     p.add_argument("--compile", action="store_true",
                    help="torch.compile, of an MDT its full pass: minutes at the start, faster "
                         "steps on a GPU")
@@ -936,6 +939,7 @@ def main(argv=None):
     device = common.get_device(args.device)
     common.fast_float32()
     inputs = load_inputs(args)                       # nothing is written yet
+    hardware = common.settle_amp(args, device)       # the flags that it decided
     last = Path(args.out) / "last.pt"
 
     def ready():
@@ -951,7 +955,7 @@ def main(argv=None):
         stale = (*WRITES, *DRAWN)
     network = functools.partial(load_network, args, inputs)
     with common.Stage("train", args, inputs.files, ("last.pt", "loss.png"), free, stale,
-                      ready=ready, load=network) as stage:
+                      ready=ready, load=network, open=hardware) as stage:
         if not stage.done:
             stage.finish(**train(args, inputs, stage, device))
 

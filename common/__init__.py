@@ -23,6 +23,7 @@ ROOMS = {
     "sources": "kind_of read_source", "signals": "",
     "loop": "AMP autocast generator random_scores fast_float32 share_out Draws step_draws lr_at "
             "optimizer_of backward optimizer_step",
+    "precision": "AMP_CHOICES settle_amp",
     "training": "training_source need_even_batch load_kept load_class_weights load_text "
                 "load_visual need_same need_trained_on inherit_flags",
     "run": "Run divergence is_due Stop", "rows": "DeviceRows device_budget as_input",
