@@ -83,6 +83,7 @@ PRESETS = {
         warmup=500, ema=0.9999, flips=False, amp="auto", recompute=True, checkpoint_every=2500),
 }
 LORA_LR = 1e-4          # adapters take ten times the rate of the whole network
+MOMENTS = {"adan": 4}   # tensors that an optimizer keeps a weight; AdamW 2
 MASK_SPREAD = 0.2       # the masked share of a step lies within [mask_ratio, mask_ratio + this]
 # What a run leaves, which a run that begins anew removes ...
 WRITES = ("last.pt", "step_*.pt", "samples_*.png", "stats.jsonl", "loss.png")
@@ -243,8 +244,8 @@ class Feed:
         self.flips = args.flips
         self.latent_scale = inputs.settings["latent_scale"]           # None for pixels
         self.labels = torch.from_numpy(inputs.labels).to(device)      # (M,)
-        # The network is on the device already: what it leaves is shared by images and tokens.
-        budget = common.device_budget(device)
+        # What the network leaves is shared by images and tokens.
+        budget = common.device_budget(device, inputs.net, MOMENTS.get(args.optimizer, 2))
         self.images = common.DeviceRows(inputs.source, inputs.keep, device, budget)
         self.tokens = None
         if inputs.visual is not None:
@@ -256,11 +257,12 @@ class Feed:
         """(x, y, v) as stored, of this rank's rows in step n; those of n + 1 are read ahead."""
         rows = self.order(step)[self.mine]                            # (b,)
         ahead = self.order(step + 1)[self.mine]                       # (b,)
-        x = self.images.get(rows, ahead)                              # (b, H, W, C), (b, 2C, h, w)
-        y = self.labels[rows.to(self.labels.device, non_blocking=True)]         # (b,)
+        there = rows.to(self.labels.device, non_blocking=True)        # copied once for all three
+        x = self.images.get(rows, ahead, there)                       # (b, H, W, C), (b, 2C, h, w)
+        y = self.labels[there]                                        # (b,)
         v = None
         if self.tokens is not None:
-            v = self.tokens.get(rows, ahead)                          # (b, [2,] T, d)
+            v = self.tokens.get(rows, ahead, there)                          # (b, [2,] T, d)
         return x, y, v
 
     def batch(self, share, part, draws):
@@ -330,10 +332,6 @@ class Log:
         finite = self.run.bad.add(norm)
         self.norm[0] += torch.where(finite, norm, 0)
         self.norm[1] += finite
-
-    def must_look(self):
-        """True when too many bad steps are in a row. A GPU is waited for at log lines only."""
-        return self.device.type == "cpu" and self.run.bad.too_many()
 
     def write(self, lr, scale, kept):
         """Add a line with the means over all ranks, of `kept` images. Returns it, a dict."""
@@ -457,7 +455,7 @@ def train(args, inputs, stage, device):
         stopping = stop.asked_on_any_rank(done, done == args.steps)
         saving = stopping or common.is_due(done, args.checkpoint_every, args.steps)
         # With each checkpoint goes a log line: a resume loses no sums.
-        if saving or done % args.log_every == 0 or log.must_look():
+        if saving or done % args.log_every == 0 or run.must_look():
             row = log.write(lr, scaler.get_scale(), len(inputs.keep))
             refuse_divergence(run, row)              # one line, exit code 2
             run.say_pace()
@@ -516,7 +514,7 @@ def describe(args, inputs, run, feed, device):
                    "the loss by that: was it made for another kept set?")
     trained = sum(p.numel() for p in net.model.parameters() if p.requires_grad)
     whole = sum(p.numel() for p in net.model.parameters())
-    moments = 4 if args.optimizer == "adan" else 2
+    moments = MOMENTS.get(args.optimizer, 2)
     # The checkpoint of the run counts on AdamW's two.
     run.describe(args.model, net.model, net.process, len(inputs.keep), device,
                  4 * trained * (moments - 2))

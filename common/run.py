@@ -85,6 +85,10 @@ class Run:
         self.bar.update()
         return self.step
 
+    def must_look(self):
+        """True when too many bad steps are in a row. A GPU is waited for at log lines only."""
+        return self.bad.counts.device.type == "cpu" and self.bad.too_many()
+
     def images(self):
         """How many were seen."""
         return self.step * self.batch
