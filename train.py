@@ -495,7 +495,10 @@ def compiled(net):
     The masked pass has another number of tokens in every step, and would be compiled anew in each.
     """
     net.masked = torch.compiler.disable(net.masked)
-    return torch.compile(net)
+    # Inside DDP, and by the method, as torch's "Where to apply torch.compile" advises: Dynamo does
+    # not handle DDP's own hooks well, and no second module with other parameter names arises.
+    net.compile()
+    return net
 
 
 def sync_when(wrapped, last):

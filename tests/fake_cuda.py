@@ -8,7 +8,7 @@ Tensors of the CPU are real, those of cuda:0 are torch's FakeTensors: shapes, dt
 What the host reads of the device (.item(), bool(), .cpu(), .tolist()) is noted and answered with zeros and True; so are copies to the device that block, and operations whose
 result has a size that only the device knows. A CPU's generator where a GPU's is needed raises.
 
-phase is "step" within a training step (from common.lr_at to common.Run.advance or the log line, whatever comes first), "log" from there to the next step, else "setup".
+phase is "setup" until common.Run.start, then "step"; from the end of a step at which a log line is due (LOG_EVERY) to the end of the next it is "log": what waits there may belong to the line.
 """
 import collections
 import contextlib
@@ -26,6 +26,7 @@ import common
 
 ROOT = Path(__file__).resolve().parent.parent
 DEVICE = torch.device("cuda", 0)
+LOG_EVERY = 2
 UNKNOWN_SIZE = ("aten::nonzero", "aten::unique_dim", "aten::_unique2", "aten::masked_select", "aten::unique_consecutive", "aten::bincount", "aten::repeat_interleave.Tensor")
 
 
@@ -107,7 +108,7 @@ class Gpu(TorchDispatchMode):
         return self.computed(func, args, kwargs)
 
     def in_steps(self):
-        """{(what, line): how often} within the steps."""
+        """{(what, line): how often} within the steps, log lines aside."""
         return {key[1:]: n for key, n in self.waits.items() if key[0] == "step"}
 
 
@@ -126,16 +127,16 @@ def fake_gpu(monkeypatch, capability=(8, 0), free=1e12):
     put(common.loop, "generator", lambda seed, *key, device="cpu", make=common.generator: noted(gpu, make(seed, *key), device))
     put(common, "generator", common.loop.generator, raising=False)
     put(common, "save_pt", lambda path, state: Path(path).touch(), raising=False)
-    lr_at, advance, optimizer_of = common.lr_at, common.Run.advance, common.optimizer_of
+    start, advance, optimizer_of = common.Run.start, common.Run.advance, common.optimizer_of
     trained = []
 
-    def begins(*args):
+    def starts(run):
         gpu.phase = "step"
-        return lr_at(*args)
+        start(run)
 
     def ends(run):
         done = advance(run)
-        gpu.phase = "end"
+        gpu.phase = "step" if done % LOG_EVERY else "log"
         return done
 
     def prepared(net, *args):
@@ -150,7 +151,7 @@ def fake_gpu(monkeypatch, capability=(8, 0), free=1e12):
     put(torch.Tensor, "backward", backward)
     put(torch.nn.Module, "_apply", moved)
     put(common, "optimizer_of", prepared, raising=False)
-    put(common, "lr_at", begins, raising=False)
+    put(common.Run, "start", starts)
     put(common.Run, "advance", ends)
     # torch.tensor(..., device="cuda") then goes by a tensor of the CPU, as it does on a GPU; else it would look for a driver.
     before = torch._C._only_lift_cpu_tensors()

@@ -1,4 +1,5 @@
 """The GPU's path on tensors that need no GPU (fake_cuda.py): every stage keeps to one device, and no training step waits for it outside log lines."""
+import collections
 import json
 import math
 
@@ -12,12 +13,12 @@ import reweight
 import sample
 import train
 from conftest import make_data
-from fake_cuda import DEVICE, fake_gpu
+from fake_cuda import DEVICE, LOG_EVERY, fake_gpu
 from models import build, encoders, memorisation
 from test_encoders import dino_state
 
-# Log lines at steps 2 and 4: of four steps the first and third wait for nothing.
-BASE = "--steps 4 --batch-size 8 --log-every 2 --checkpoint-every 0 --warmup 2 --schedule constant --lr 1e-4 --ema 0.99 --device cuda".split()
+# Log lines at steps 2 and 4: what the third step does is counted with the line before it, the others are looked at.
+BASE = f"--steps 4 --batch-size 8 --log-every {LOG_EVERY} --checkpoint-every 0 --warmup 2 --schedule constant --lr 1e-4 --ema 0.99 --device cuda".split()
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +30,12 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def latents(tmp_path_factory):
     """50 latents of 4 x 16 x 16, as data.py writes them."""
-    folder = make_data(tmp_path_factory.mktemp("latents") / "x")
-    mean = np.random.default_rng(0).normal(size=(50, 4, 16, 16))
+    return make_latents(tmp_path_factory.mktemp("latents") / "x", 16)
+
+
+def make_latents(folder, side):
+    make_data(folder)
+    mean = np.random.default_rng(0).normal(size=(50, 4, side, side))
     z = np.concatenate([mean, np.full_like(mean, 0.1)], 1).astype(np.float16)
     np.save(folder / "latents.npy", z)
     (folder / "images.npy").unlink()
@@ -99,14 +104,17 @@ RUNS = {
 @pytest.mark.parametrize("name", RUNS)
 def test_no_step_waits_for_the_device_outside_log_lines(name, data, latents, attached, weights, quiet, tmp_path, monkeypatch, capsys):
     words, gpu = RUNS[name]
-    if "--compile" in words:
-        monkeypatch.setattr(torch.nn.Module, "compile", lambda net: None)          # what it wraps is looked at elsewhere
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda net: compiled.append(type(net)))         # that it changes rounding only: test_train.py
     here = latents if "--latents" in words else data
     words = words.replace("--latents", "").replace("--attach", f"--attach {attached}").replace("--weigh", f"--weights {weights}").split()
     seen = fit(monkeypatch, here, tmp_path / "a", *words, **gpu)
-    assert seen.in_steps() == {}
+    assert seen.in_steps() == {} and compiled == [train.Objective] * ("--compile" in words)
     # The row indices go to the device once a step, and where the data are not there, images and tokens; the table of a ddpm's noise goes once.
-    copied = {line: n for (phase, line), n in seen.copies.items() if phase == "step"}
+    copied = collections.Counter()
+    for (phase, line), n in seen.copies.items():
+        copied[line] += n * (phase != "setup")
+    copied = {line: n for line, n in copied.items() if n}
     assert copied.pop("models/diffusion.py: self.tables[x.device] = table.to(x.device, torch.float32, non_blocking=True)", 1) == 1
     streamed = {"common/rows.py: return values.to(self.device, non_blocking=True)": 8} if gpu.get("free") == 1 else {}
     assert copied == {"train.py: there = rows.to(self.labels.device, non_blocking=True)        # copied once for all three": 4, **streamed}
@@ -119,7 +127,7 @@ def test_no_step_waits_for_the_device_outside_log_lines(name, data, latents, att
 def test_adan_waits_once_a_step(data, quiet, tmp_path, monkeypatch):
     """Its step must be left out by hand where a gradient is not finite (common/loop.py: optimizer_of)."""
     seen = fit(monkeypatch, data, tmp_path / "a", *"--model MDT-T/2 --process ddpm --amp bf16 --no-flips --optimizer adan".split())
-    assert sum(seen.in_steps().values()) == 4 and {what for what, _ in seen.in_steps()} == {"item"}
+    assert sum(seen.in_steps().values()) == 3 and {what for what, _ in seen.in_steps()} == {"item"}
 
 
 @pytest.mark.parametrize("free", [1e12, 1])
@@ -127,9 +135,16 @@ def test_the_proxy_of_reweight_waits_at_log_lines_only(free, data, tmp_path, mon
     ref = checkpoint(tmp_path, data)
     monkeypatch.setattr(reweight, "weigh", lambda args, inputs, record, out: {"shape": list(record.shape)})
     with fake_gpu(monkeypatch, free=free) as seen:
-        reweight.main(["--data", str(data), "--reference", str(ref), "--burn-in", "1", "--log-every", "2", "--out", str(tmp_path / "w"), "--device", "cuda"])
-    assert seen.in_steps() == {}
+        reweight.main(["--data", str(data), "--reference", str(ref), "--burn-in", "1", "--log-every", str(LOG_EVERY), "--out", str(tmp_path / "w"), "--device", "cuda"])
+    assert seen.in_steps() == {} and len([key for key in seen.waits if key[0] == "log"]) >= 4
     assert json.loads((tmp_path / "w/reweight.args.json").read_text())["shape"] == [4, 2, 8]
+
+
+def test_stable_diffusion_waits_at_log_lines_only(tiny_sd, quiet, tmp_path, monkeypatch):
+    data = make_latents(tmp_path / "data", 8)
+    more = "--preset sd --official sd --no-recompute --amp bf16 --init".split()
+    seen = fit(monkeypatch, data, tmp_path / "a", *more, tiny_sd["epsilon"])
+    assert seen.in_steps() == {}
 
 
 def test_a_wait_in_a_step_and_a_stray_tensor_are_seen(data, quiet, tmp_path, monkeypatch):
@@ -137,7 +152,7 @@ def test_a_wait_in_a_step_and_a_stray_tensor_are_seen(data, quiet, tmp_path, mon
     real = train.total_loss
     monkeypatch.setattr(train, "total_loss", lambda diffusion, *rest: real(diffusion * max(1.0, diffusion.mean().item()), *rest))
     seen = fit(monkeypatch, data, tmp_path / "a", *"--model SiT-T/2 --process flow --amp none --no-flips".split())
-    assert sum(seen.in_steps().values()) == 4
+    assert sum(seen.in_steps().values()) == 3
     for stray, says in ((lambda d, *rest: real(d * torch.ones(8), *rest), "same device"), (lambda d, *rest: real(d[d.nonzero()[:, 0]], *rest), None)):
         monkeypatch.setattr(train, "total_loss", stray)
         with pytest.raises(RuntimeError, match=says) if says else pytest.raises(Exception):
