@@ -103,7 +103,8 @@ class Runner:
                                  preexec_fn=deaf_to_interrupts)
         reader = None
         if errors:
-            reader = threading.Thread(target=pass_on, args=(child.stdout, self.name_of(command)))
+            reader = threading.Thread(target=pass_on, daemon=True,
+                                      args=(child.stdout, self.name_of(command)))
             reader.start()
         started = Started(child, command, place, reader)
         self.running.append(started)
@@ -119,7 +120,7 @@ class Runner:
                 time.sleep(0.1)
         one = next(one for one in self.running if one.child.poll() is not None)
         if one.reader:
-            one.reader.join()
+            one.reader.join(10)
         self.running.remove(one)
         code = one.child.returncode
         if code and len(self.places) > 1:
@@ -142,7 +143,7 @@ class Runner:
             for one in self.running:
                 one.child.wait()
                 if one.reader:
-                    one.reader.join()
+                    one.reader.join(10)
             raise
 
     def check(self):
@@ -260,7 +261,8 @@ def pass_on(stream, name):
     for line in io.TextIOWrapper(stream, encoding="utf-8", errors="replace"):
         if line.strip():
             with contextlib.suppress(OSError):
-                print(f"[{name}] {line.rstrip()}", flush=True)
+                # One write: the lines of others come between two.
+                print(f"[{name}] {line.rstrip()}\n", end="", flush=True)
 
 
 def without_checkpoints(runs):
