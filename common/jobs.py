@@ -30,6 +30,27 @@ def waits_for(commands):
     return waits
 
 
+def order_of(commands, waits, jobs):
+    """The places of the commands in the order in which those that are ready are started.
+
+    The plan's own for one at a time, and where the report is renewed in between. Else first what
+    most is still to come after, or a long run would be left to the end, alone: a training counts as
+    four of the others, about what it takes on digits.
+    """
+    if jobs == 1 or any(is_so_far(command) for command in commands):
+        return list(range(len(commands)))
+    left = [0] * len(commands)               # of each the longest chain that begins with it
+    for j in reversed(range(len(commands))):
+        after = [left[i] for i, before in enumerate(waits) if j in before]
+        left[j] = max(after, default=0) + (4 if commands[j].script == "train.py" else 1)
+    return sorted(range(len(commands)), key=lambda j: (-left[j], j))
+
+
+def is_so_far(command):
+    """Whether it judges the runs up to one of them, while others are still to come."""
+    return bool(command.run) and command.script in JUDGES
+
+
 def writers(path, commands):
     """The places of the commands that write this path, or into this folder."""
     outs = [out_of(command) for command in commands]

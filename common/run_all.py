@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import UserError, machine_errors, need, show_everything
-from common.jobs import JUDGES, jobs_of, out_of, places_of, waits_for
+from common.jobs import JUDGES, is_so_far, jobs_of, order_of, out_of, places_of, waits_for
 from common.plan import Command, Comparison, check_choices, choices_of, integer, side_of
 from common.signals import ENDS, code_of, listen
 
@@ -222,10 +222,10 @@ class Runner:
             print(f"{jobs} at a time{each}; JOBS=1: one after the other", flush=True)
 
     def run_all(self, commands):
-        """Each as soon as what it reads is there and a place is free, in the plan's order."""
+        """Each as soon as what it reads is there and a place is free."""
         waits = waits_for(commands)
         done = {0}
-        todo = list(range(1, len(commands)))
+        todo = [j for j in order_of(commands, waits, len(self.places)) if j != 0]
         free = list(self.places)
         while todo or self.running:
             ready = [j for j in todo if waits[j] <= done] if free else []
@@ -248,11 +248,6 @@ class Runner:
                 free.pop(0)
             else:
                 done.add(j)
-
-
-def is_so_far(command):
-    """Whether it judges the runs up to one of them, while others are still to come."""
-    return bool(command.run) and command.script in JUDGES
 
 
 def pass_on(stream, name):
