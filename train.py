@@ -262,7 +262,7 @@ class Feed:
         y = self.labels[there]                                        # (b,)
         v = None
         if self.tokens is not None:
-            v = self.tokens.get(rows, ahead, there)                          # (b, [2,] T, d)
+            v = self.tokens.get(rows, ahead, there)                   # (b, [2,] T, d)
         return x, y, v
 
     def batch(self, share, part, draws):
