@@ -357,7 +357,8 @@ def parse_args(argv=None):
     p.add_argument("--judge", choices=judges, default="scratch", help="encoder of FD(subset)")
     p.add_argument("--judge-weights", type=Path, help="its file")
     p.add_argument("--batch-size", type=common.batch_type, default=256, help="images at once")
-    p.add_argument("--amp", choices=common.AMP, default="none", help="precision of scoring")
+    p.add_argument("--amp", choices=common.AMP_CHOICES, default="none",
+                   help="precision of scoring; auto: the fastest that the hardware computes")
     common.add_run_flags(p, "make the output again although it stands",
                          seed="of the noise and of --select random")
     common.add_list_flag(p, select=SELECT, visual=visuals, judge=judges)
@@ -417,11 +418,12 @@ def main(argv=None):
     args = parse_args(argv)
     device = common.get_device(args.device)
     inputs = load_inputs(args)
+    hardware = common.settle_amp(args, device)               # the flags that it decided
     # A file that is given may lie in this very folder.
     given = {path.absolute() for path in (args.difficulty, args.indices) if path}
     stale = [name for name in OUTPUTS if (args.out / name).absolute() not in given]
     with common.Stage("attach", args, files_of(args, inputs), outputs_of(args), free=["batch_size"],
-                      stale=stale, scraps=SCRAPS,
+                      stale=stale, scraps=SCRAPS, open=hardware,
                       load=lambda: load_networks(args, inputs, device)) as stage:
         if stage.done:
             return

@@ -30,7 +30,7 @@ The null: the same recursion, over the recorded excess losses, with images excha
 once for the whole record. Weights that mean nothing leave its band, in any class, in 5 % of cases.
 """
 import math
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -127,28 +127,33 @@ def train_proxy(args, inputs, stage, device):
              "log_a": log_a, "lam": lam}
     run = common.Run(stage.out, parts, {"label_drop": 0.0, **inputs.settings}, args, device)
     record = open_record(args, run, stage)
+    if run.step == args.steps:
+        return record.file, run
+    images = common.DeviceRows(inputs.source, inputs.keep, device,
+                               common.device_budget(device, proxy))
+    drawn = lru_cache(2)(partial(uniform_rows, batch=B, seed=args.seed, by_class=inputs.by_class,
+                                 counts=inputs.counts))
     wrapped = common.share_out(proxy, device)
     stop = common.Stop()
-    who = f"proxy {args.proxy_model} (eta {args.eta:g}, burn-in {args.burn_in})"
-    run.describe(who, proxy, inputs.process, len(inputs.labels), device, 8 * args.steps * B)
+    run.describe(f"proxy {args.proxy_model} (eta {args.eta:g}, burn-in {args.burn_in})", proxy,
+                 inputs.process, len(inputs.labels), device, 8 * args.steps * B)
     run.start()
 
     for step in range(run.step, args.steps):
-        rows = uniform_rows(step, B, args.seed, inputs.by_class, inputs.counts)            # (B,)
-        y_all = inputs.labels[rows].to(device)
+        y_all = inputs.labels[drawn(step)].to(device, non_blocking=True)       # (B,)
         y = y_all[mine]                                               # (n,)
+        stored = images.get(drawn(step)[mine], drawn(step + 1)[mine])
         # One (u, eps) per example, the same for both networks.
-        x, u, eps = proxy_batch(args, inputs, step, rows, mine, device)
+        x, u, eps = proxy_batch(args, inputs, step, stored, mine)
         with common.autocast(device, args.amp):
             with torch.no_grad():
                 l_ref = diffusion_loss(inputs.process, reference, x, u, eps, y)            # (n,)
             loss = diffusion_loss(inputs.process, wrapped, x, u, eps, y)                   # (n,)
 
         # Every rank sees the excess of the whole batch, and so holds the same a.
-        shared = torch.zeros(B + 1, device=device)                    # the last: told to stop
-        shared[mine] = loss.detach() - l_ref
-        shared[B] = stop.asked
-        excess = common.all_reduce(shared)[:B]                        # (B,)
+        excess = torch.zeros(B, device=device)
+        excess[mine] = loss.detach() - l_ref
+        common.all_reduce(excess)
         lam[:] = class_excess(excess, y_all, K, lam, args.clip)       # (K,)
         if step >= args.burn_in:
             log_a[:] = dro_update(log_a, lam, args.eta, args.smoothing)    # (K,)
@@ -160,48 +165,44 @@ def train_proxy(args, inputs, stage, device):
         lr = common.lr_at(step, args.lr, args.warmup, args.schedule, args.steps)
         norm = common.optimizer_step(optimizer, scaler, proxy, lr, args.grad_clip, args.amp)
         run.bad.add(norm)
-        if record is not None:
-            record[step] = torch.stack([excess, y_all.float()]).cpu().numpy()
+        record.add(step, torch.stack([excess, y_all.float()]))
 
         done = run.advance()
-        if common.is_due(done, args.log_every, args.steps) or run.bad.too_many():
+        stopping = stop.asked_on_any_rank(done, done == args.steps)
+        saving = stopping or common.is_due(done, args.checkpoint_every, args.steps)
+        if saving or common.is_due(done, args.log_every) or run.must_look():
             # Weights made of the losses of a diverged proxy would look like any others.
             mean = excess.nanmean().item()
             why = common.divergence(run, mean, "its loss beyond the reference's")
             common.need(not why, f"{stage.out}: {why}; lower --lr, or use --amp bf16 or none")
             a_max = log_a.max().exp().item()
             run.bar.set_postfix(excess=f"{mean:.4f}", a_max=f"{a_max:.3f}", refresh=False)
-        if done == run.first + 20:
-            run.say_pace()
-        stopping = bool(shared[B])
-        saving = stopping or common.is_due(done, args.checkpoint_every, args.steps)
-        if saving and record is not None:
             # The record first: rows past the state are written again, rows missing are not.
-            record.flush()
+            record.write()
+            run.say_pace()
+        if saving and not common.rank():
             common.save_pt(stage.out / "proxy.pt", run.state())
         if stopping:
             stop.leave(done)                         # exit code 143
     run.bar.close()
     stop.close()
-    return record, run
+    return record.file, run
 
 
-def proxy_batch(args, inputs, step, rows, mine, device):
-    """x, eps (n, C, H, W) and u (n,) of this rank's part of step n, all drawn from (seed, n)."""
+def proxy_batch(args, inputs, step, stored, mine):
+    """x, eps (n, C, H, W) and u (n,) of this rank's part of step n; stored: as the data hold it."""
     from models.conditioning import sides
     settings = inputs.settings
     shape = (settings["channels"], *sides(settings["size"]))
-    draws = common.step_draws(args.seed, "reweight", step, len(rows), shape, device,
+    draws = common.step_draws(args.seed, "reweight", step, args.batch_size, shape, stored.device,
                               settings["latents"], drop=False)[mine]
-    at = inputs.keep[rows[mine].numpy()]
-    x = common.sound_rows(torch.from_numpy(inputs.source[at]), at, inputs.source.filename)
     mirrored = draws.flip if args.flips else None
-    x = common.as_input(x.to(device), settings.get("latent_scale"), draws.post, mirrored)
+    x = common.as_input(stored, settings.get("latent_scale"), draws.post, mirrored)
     return x, draws.u, draws.eps
 
 
 def open_record(args, run, stage):
-    """The memory map of all excess losses on rank 0; takes up an interrupted call.
+    """The StepRecord of all excess losses, on rank 0; takes up an interrupted call.
 
     Where a whole record stands, no step is left to train, and the weights alone are made again.
     """
@@ -213,10 +214,10 @@ def open_record(args, run, stage):
     # All have looked before rank 0 makes the file.
     common.barrier()
     if common.rank():
-        return None
+        return common.StepRecord(None)
     if not resuming:
         common.allocate(part, np.float32, (args.steps, 2, args.batch_size))
-    return np.lib.format.open_memmap(part if part.exists() else whole, "r+")
+    return common.StepRecord(np.lib.format.open_memmap(part if part.exists() else whole, "r+"))
 
 
 def weigh(args, inputs, record, out):
@@ -357,7 +358,8 @@ def parse_args(argv=None):
                    help="clip at 0 after the class mean, or inside it: DoReMi's, biased upwards")
     p.add_argument("--proxy-model", choices=MODELS, help="its network; default: the reference's")
     p.add_argument("--proxy-init", help="checkpoint whose EMA the proxy starts from; default: none")
-    p.add_argument("--amp", choices=common.AMP, help="precision; default: the reference's")
+    p.add_argument("--amp", choices=common.AMP_CHOICES,
+                   help="precision; default: the reference's, auto where that would be emulated")
     p.add_argument("--permutations", type=common.number(int, low=19, high=100_000),
                    help="of the images, for the null; default 200, or 20 a class up to 2 000")
     p.add_argument("--checkpoint-every", type=common.count, default=200, help="steps between saves")
@@ -371,13 +373,15 @@ def main(argv=None):
     args = parse_args(argv)
     device = common.get_device(args.device)
     common.fast_float32()
+    inherited = args.amp is None
     inputs = load_inputs(args)                       # nothing is written yet
+    hardware = common.settle_amp(args, device, inherited)
     def ready():                                     # else the null alone is made anew
         record = common.load_record(Path(args.out, "reweight.args.json"))
         return record.get("null_permutations") == args.permutations
 
     with common.Stage("reweight", args, inputs.files, OUTPUTS, FREE, stale=OUTPUTS,
-                      scraps=("excess.part.npy",), ready=ready) as stage:
+                      scraps=("excess.part.npy",), ready=ready, open=hardware) as stage:
         if stage.done:
             return
         if args.eta >= 10:

@@ -14,6 +14,7 @@
 #
 # Sizes come from the environment:
 #   STEPS KEEP PER_CLASS NUM_SAMPLES SEEDS SIZE MODEL PROCESS RUNS NPROC DEVICE
+#   JOBS=n (runs side by side: by default one a GPU; on a CPU one a core, at most 4, where the network is tiny)
 #   REPORT=full (trajectories, four guidances)  TRAJECTORY=n (of n samples a point)  OUT (default runs/NAME)
 # and so do choices:
 #   JUDGES=n (networks of scratch)  GUIDANCE="1 1.5" (of the first are pictures and audit)

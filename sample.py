@@ -300,7 +300,8 @@ def parse_args(argv=None):
                         "turn: cat dog; 3,3,7")
     p.add_argument("--batch-size", type=common.batch_type, default=256,
                    help="samples at a time, over all processes")
-    p.add_argument("--amp", choices=common.AMP, default="none", help="precision of the network")
+    p.add_argument("--amp", choices=common.AMP_CHOICES, default="none",
+                   help="precision of the network; auto: the fastest that the hardware computes")
     p.add_argument("--npz", action="store_true", help="also write samples.npz for ADM's evaluator")
     p.add_argument("--png", choices=("flat", "classes"),
                    help="also write each sample, as OUT/png/INDEX.png or OUT/png-classes/"
@@ -344,6 +345,7 @@ def main(argv=None):
         return export_network(args)
     device = common.get_device(args.device)
     inputs = load_inputs(args, device)               # nothing is written yet
+    hardware = common.settle_amp(args, device)       # the flags that it decided
     names = inputs.names.values()
     outputs = ["sample_labels.npy", *(f"{name}.npy" for name in names)]
     if args.npz:
@@ -352,7 +354,7 @@ def main(argv=None):
         outputs += [png_folder(name, args.png) for name in names]
     with common.Stage("sample", args, inputs.files, outputs, free=["batch_size", "npz", "png"],
                       stale=["samples*.np[yz]", "grid*.png"],
-                      scraps=["samples*.seconds.json"]) as stage:
+                      scraps=["samples*.seconds.json"], open=hardware) as stage:
         if stage.done:
             return
         stage.save("sample_labels.npy", inputs.labels)

@@ -61,27 +61,29 @@ from models.vae import check_latents
 
 # The published recipe of each scale: DDPM's for CIFAR-10, SiT's for ImageNet, that of the public
 # script for MDTv2, that of diffusers' README for Stable Diffusion with batch and warm-up of ours;
-# digits is this kit's own. A flag overrides.
+# digits is this kit's own, in float32 on any hardware: so small a network gains nothing from less.
+# A flag overrides.
 PRESETS = {
     "digits": dict(
         model="SiT-T/2", process="flow", steps=800, batch_size=128, lr=6e-3, schedule="cosine",
         warmup=50, ema=0.99, class_std=1.0, flips=False, amp="none", checkpoint_every=100),
     "cifar10": dict(
         model="unet", process="ddpm", steps=100_000, batch_size=128, lr=2e-4, schedule="constant",
-        warmup=5000, ema=0.9999, class_std=0.02, flips=True, amp="bf16", checkpoint_every=10_000),
+        warmup=5000, ema=0.9999, class_std=0.02, flips=True, amp="auto", checkpoint_every=10_000),
     "imagenet": dict(
         model="SiT-XL/2", process="flow", steps=40_000, batch_size=256, lr=1e-4,
-        schedule="constant", warmup=0, ema=0.9999, class_std=0.02, flips=False, amp="bf16",
+        schedule="constant", warmup=0, ema=0.9999, class_std=0.02, flips=False, amp="auto",
         checkpoint_every=10_000),
     "mdt": dict(
         model="MDT-S/2", process="ddpm", steps=400_000, batch_size=256, lr=5e-4,
-        schedule="constant", warmup=0, ema=0.9999, class_std=0.02, flips=False, amp="bf16",
+        schedule="constant", warmup=0, ema=0.9999, class_std=0.02, flips=False, amp="auto",
         checkpoint_every=50_000, optimizer="adan", min_snr=5.0, mask_ratio=0.3),
     "sd": dict(
         model="sd", process="ddpm", steps=15_000, batch_size=64, lr=1e-5, schedule="constant",
-        warmup=500, ema=0.9999, flips=False, amp="bf16", recompute=True, checkpoint_every=2500),
+        warmup=500, ema=0.9999, flips=False, amp="auto", recompute=True, checkpoint_every=2500),
 }
 LORA_LR = 1e-4          # adapters take ten times the rate of the whole network
+MOMENTS = {"adan": 4}   # tensors that an optimizer keeps a weight; AdamW 2
 MASK_SPREAD = 0.2       # the masked share of a step lies within [mask_ratio, mask_ratio + this]
 # What a run leaves, which a run that begins anew removes ...
 WRITES = ("last.pt", "step_*.pt", "samples_*.png", "stats.jsonl", "loss.png")
@@ -242,8 +244,8 @@ class Feed:
         self.flips = args.flips
         self.latent_scale = inputs.settings["latent_scale"]           # None for pixels
         self.labels = torch.from_numpy(inputs.labels).to(device)      # (M,)
-        # The network is on the device already: what it leaves is shared by images and tokens.
-        budget = common.device_budget(device)
+        # What the network leaves is shared by images and tokens.
+        budget = common.device_budget(device, inputs.net, MOMENTS.get(args.optimizer, 2))
         self.images = common.DeviceRows(inputs.source, inputs.keep, device, budget)
         self.tokens = None
         if inputs.visual is not None:
@@ -255,11 +257,12 @@ class Feed:
         """(x, y, v) as stored, of this rank's rows in step n; those of n + 1 are read ahead."""
         rows = self.order(step)[self.mine]                            # (b,)
         ahead = self.order(step + 1)[self.mine]                       # (b,)
-        x = self.images.get(rows, ahead)                              # (b, H, W, C), (b, 2C, h, w)
-        y = self.labels[rows.to(self.labels.device, non_blocking=True)]         # (b,)
+        there = rows.to(self.labels.device, non_blocking=True)        # copied once for all three
+        x = self.images.get(rows, ahead, there)                       # (b, H, W, C), (b, 2C, h, w)
+        y = self.labels[there]                                        # (b,)
         v = None
         if self.tokens is not None:
-            v = self.tokens.get(rows, ahead)                          # (b, [2,] T, d)
+            v = self.tokens.get(rows, ahead, there)                   # (b, [2,] T, d)
         return x, y, v
 
     def batch(self, share, part, draws):
@@ -329,10 +332,6 @@ class Log:
         finite = self.run.bad.add(norm)
         self.norm[0] += torch.where(finite, norm, 0)
         self.norm[1] += finite
-
-    def must_look(self):
-        """True when too many bad steps are in a row. A GPU is waited for at log lines only."""
-        return self.device.type == "cpu" and self.run.bad.too_many()
 
     def write(self, lr, scale, kept):
         """Add a line with the means over all ranks, of `kept` images. Returns it, a dict."""
@@ -456,7 +455,7 @@ def train(args, inputs, stage, device):
         stopping = stop.asked_on_any_rank(done, done == args.steps)
         saving = stopping or common.is_due(done, args.checkpoint_every, args.steps)
         # With each checkpoint goes a log line: a resume loses no sums.
-        if saving or done % args.log_every == 0 or log.must_look():
+        if saving or done % args.log_every == 0 or run.must_look():
             row = log.write(lr, scaler.get_scale(), len(inputs.keep))
             refuse_divergence(run, row)              # one line, exit code 2
             run.say_pace()
@@ -496,7 +495,10 @@ def compiled(net):
     The masked pass has another number of tokens in every step, and would be compiled anew in each.
     """
     net.masked = torch.compiler.disable(net.masked)
-    return torch.compile(net)
+    # Inside DDP, and by the method, as torch's "Where to apply torch.compile" advises: Dynamo does
+    # not handle DDP's own hooks well, and no second module with other parameter names arises.
+    net.compile()
+    return net
 
 
 def sync_when(wrapped, last):
@@ -515,7 +517,7 @@ def describe(args, inputs, run, feed, device):
                    "the loss by that: was it made for another kept set?")
     trained = sum(p.numel() for p in net.model.parameters() if p.requires_grad)
     whole = sum(p.numel() for p in net.model.parameters())
-    moments = 4 if args.optimizer == "adan" else 2
+    moments = MOMENTS.get(args.optimizer, 2)
     # The checkpoint of the run counts on AdamW's two.
     run.describe(args.model, net.model, net.process, len(inputs.keep), device,
                  4 * trained * (moments - 2))
@@ -909,7 +911,9 @@ def parse_args(argv=None):
                    help="dropout inside a U-Net; default: the network's own")
     p.add_argument("--class-std", type=common.number(above=0, high=100),
                    help="spread of the initial class embedding; 1 for short runs")
-    p.add_argument("--amp", choices=common.AMP, help="precision of forward and backward pass")
+    p.add_argument("--amp", choices=common.AMP_CHOICES,
+                   help="precision of forward and backward pass; auto: bf16 where the hardware "
+                        "computes it, fp16 on older GPUs, else none, which is float32")
     p.add_argument("--compile", action="store_true",
                    help="torch.compile, of an MDT its full pass: minutes at the start, faster "
                         "steps on a GPU")
@@ -936,6 +940,7 @@ def main(argv=None):
     device = common.get_device(args.device)
     common.fast_float32()
     inputs = load_inputs(args)                       # nothing is written yet
+    hardware = common.settle_amp(args, device)       # the flags that it decided
     last = Path(args.out) / "last.pt"
 
     def ready():
@@ -951,7 +956,7 @@ def main(argv=None):
         stale = (*WRITES, *DRAWN)
     network = functools.partial(load_network, args, inputs)
     with common.Stage("train", args, inputs.files, ("last.pt", "loss.png"), free, stale,
-                      ready=ready, load=network) as stage:
+                      ready=ready, load=network, open=hardware) as stage:
         if not stage.done:
             stage.finish(**train(args, inputs, stage, device))
 

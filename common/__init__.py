@@ -20,12 +20,12 @@ ROOMS = {
               "load_indices open_kept_images text_tokens load_checkpoint open_checkpoint "
               "open_scorer open_encoder open_judges networks_in",
     "pixels": "adm_crop read_image", "listing": "", "containers": "", "labels": "",
-    "sources": "kind_of read_source", "signals": "",
+    "sources": "kind_of read_source", "signals": "", "precision": "AMP_CHOICES settle_amp",
     "loop": "AMP autocast generator random_scores fast_float32 share_out Draws step_draws lr_at "
             "optimizer_of backward optimizer_step",
     "training": "training_source need_even_batch load_kept load_class_weights load_text "
                 "load_visual need_same need_trained_on inherit_flags",
-    "run": "Run divergence is_due Stop", "rows": "DeviceRows device_budget as_input",
+    "run": "Run divergence is_due Stop", "rows": "DeviceRows StepRecord device_budget as_input",
     "pictures": "no_bombs save_grid rank_montage cut_montage figure plain save_figure "
                 "save_weights class_histograms",
 }

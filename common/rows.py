@@ -43,10 +43,15 @@ class DeviceRows:
             values = values.pin_memory()
         return values
 
-    def get(self, rows, ahead=None):
-        """Places (b,) in `keep`, int64 on the CPU -> (b, ...); ahead: the places asked for next."""
+    def get(self, rows, ahead=None, there=None):
+        """Places (b,) in `keep`, int64 on the CPU -> (b, ...); ahead: the places asked for next.
+
+        there: the same places on the device, where the caller has copied them already.
+        """
         if self.resident:
-            return self.data[rows.to(self.device, non_blocking=True)]
+            if there is None:
+                there = rows.to(self.device, non_blocking=True)
+            return self.data[there]
         asked, future = self.next
         if asked == rows.numpy().tobytes():
             values = future.result()                                  # (b, ...)
@@ -58,13 +63,43 @@ class DeviceRows:
         return values.to(self.device, non_blocking=True)
 
 
-def device_budget(device):
-    """Bytes that data may take: 60 % of the free memory of a GPU, of a CPU's memory a quarter.
+class StepRecord:
+    """A memory map (steps, ...) whose last rows wait on the device until they are written together.
 
-    The processes of one machine share the latter.
+    file: None on a rank that writes none.
+    """
+
+    def __init__(self, file):
+        self.file = file
+        self.first = 0                               # the step of the first row that waits
+        self.waiting = []
+
+    def add(self, step, row):
+        if self.file is None:
+            return
+        if not self.waiting:
+            self.first = step
+        self.waiting.append(row)
+
+    def write(self):
+        """The only wait for the device."""
+        if self.waiting:
+            rows = torch.stack(self.waiting).cpu().numpy()
+            self.file[self.first:self.first + len(rows)] = rows
+            self.file.flush()
+        self.waiting = []
+
+
+def device_budget(device, net, moments=2):
+    """Bytes that data may take: of a GPU's memory 60 % of what training will leave, of a CPU's 25.
+
+    net: the network, on the device already, whose gradients and moments are not there yet. The rest
+    is for activations. The processes of one machine share a CPU's memory.
     """
     if device.type == "cuda":
-        return 0.6 * torch.cuda.mem_get_info(device)[0]
+        trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
+        to_come = 4 * trained * (1 + moments)        # float32
+        return max(0.0, 0.6 * (torch.cuda.mem_get_info(device)[0] - to_come))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return 0.25 * memory / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 

@@ -64,6 +64,9 @@ class Run:
         """Take back what state() gave; returns it."""
         state = load_pt(path)
         for name, part in self.parts.items():
+            if name == "scaler" and state["args"].get("amp") != self.args.amp:
+                # --amp auto on other hardware: fp16 has to find its own scale for the loss.
+                continue
             if torch.is_tensor(part):
                 # In place: the loop holds the same tensor.
                 part.copy_(state[name])
@@ -81,6 +84,10 @@ class Run:
         self.step += 1
         self.bar.update()
         return self.step
+
+    def must_look(self):
+        """True when too many bad steps are in a row. A GPU is waited for at log lines only."""
+        return self.bad.counts.device.type == "cpu" and self.bad.too_many()
 
     def images(self):
         """How many were seen."""

@@ -3,9 +3,12 @@
     python -m common.run_all digits digits           (the data set's name, and its source)
 
 First the scripts' own parsers look at the whole list of commands, so a mistake shows before
-anything is made. Then the commands are called one after the other; each skips what it finds done.
+anything is made. Then the commands are called, JOBS of them at a time, each as soon as what it
+reads is there (common/jobs.py); each skips what it finds done.
 """
+import contextlib
 import importlib
+import io
 import json
 import os
 import shutil
@@ -14,10 +17,12 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import UserError, machine_errors, need, show_everything
-from common.plan import Command, Comparison, check_choices, choices_of, integer
+from common.jobs import JUDGES, is_so_far, jobs_of, order_of, out_of, places_of, waits_for
+from common.plan import Command, Comparison, check_choices, choices_of, integer, side_of
 from common.signals import ENDS, code_of, listen
 
 
@@ -61,34 +66,103 @@ def write_whole(file, text):
 
 
 # ----------------------------------------------------------------------------------- the execution
+@dataclass
+class Started:
+    """A process that runs: of a command, in its place; reader passes its lines on."""
+    child: subprocess.Popen
+    command: Command
+    place: dict
+    reader: threading.Thread
+
+
 class Runner:
-    """Calls the commands in order; a signal to it reaches the stage, which saves and ends."""
+    """Calls the commands; a signal to it, or a failure, reaches those that run: they save and end.
+
+    places: the environments of those that go side by side, or [None] for one after the other.
+    """
 
     def __init__(self, comparison):
         self.comparison = comparison
+        self.places = [None]
+        self.running = []                # [Started]
         listen(lambda number, _: sys.exit(code_of(number)))
 
-    def call(self, argv, quiet=False):
-        """A Python command as a process of its own; if it fails, everything ends with its code."""
-        output = subprocess.DEVNULL if quiet else None
+    def start(self, argv, command=None, place=None, variables=None, output=None):
+        """A Python command as a process of its own. place: it is one of several at once.
+
+        variables: of the environment; output: where it prints to, by default as we do.
+        """
+        errors = None
+        if place is not None and output is None:
+            output = subprocess.PIPE
+            errors = subprocess.STDOUT
         # A signal while it starts would find nobody to pass it on to.
         signal.pthread_sigmask(signal.SIG_BLOCK, ENDS)
-        child = subprocess.Popen([sys.executable, *argv], stdout=output,
+        child = subprocess.Popen([sys.executable, *argv], stdout=output, stderr=errors,
+                                 env={**os.environ, **(variables or {})},
                                  preexec_fn=deaf_to_interrupts)
-        try:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDS)
-            code = child.wait()
-        except SystemExit:
-            # We were told to stop: the stage saves and ends, and no second signal cuts that short.
-            listen(signal.SIG_IGN)
-            child.terminate()
-            child.wait()
-            raise
+        reader = None
+        if errors:
+            reader = threading.Thread(target=pass_on, daemon=True,
+                                      args=(child.stdout, self.name_of(command)))
+            reader.start()
+        started = Started(child, command, place, reader)
+        self.running.append(started)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDS)
+        return started
+
+    def next_end(self):
+        """Waits for the first that ends, and returns it. A failure ends everything."""
+        while not any(one.child.poll() is not None for one in self.running):
+            if len(self.running) == 1:
+                self.running[0].child.wait()
+            else:
+                time.sleep(0.1)
+        one = next(one for one in self.running if one.child.poll() is not None)
+        if one.reader:
+            one.reader.join(10)
+        self.running.remove(one)
+        code = one.child.returncode
+        if code and len(self.places) > 1:
+            print(f"run_all.sh: error: {one.command.script} of {self.name_of(one.command)} ended "
+                  f"with {code}; the others save and end", file=sys.stderr, flush=True)
         if code:
             raise SystemExit(code if code > 0 else 128 - code)
+        return one
 
-    def stage(self, command):
-        """One command of the comparison, where there is something left to do."""
+    @contextlib.contextmanager
+    def stopping(self):
+        """However the block ends too early, what it started saves and ends before."""
+        try:
+            yield
+        except BaseException:
+            # No second signal cuts that short.
+            listen(signal.SIG_IGN)
+            for one in self.running:
+                one.child.terminate()
+            for one in self.running:
+                one.child.wait()
+                if one.reader:
+                    one.reader.join(10)
+            raise
+
+    def check(self):
+        """Has the scripts look at all commands. Returns the number of GPUs that torch sees."""
+        # In a process of its own: this one stays small, for it waits for hours.
+        argv = ["-m", "common.run_all", "--check", self.comparison.what, self.comparison.source]
+        with self.stopping():
+            child = self.start(argv, output=subprocess.PIPE).child
+            text = child.stdout.read().decode()
+            self.next_end()
+        return int(text.split()[-1])
+
+    def name_of(self, command):
+        """What tells the lines of one command from those of another."""
+        out = out_of(command) or command.script.removesuffix(".py")
+        return out.removeprefix(f"{self.comparison.out}/")
+
+    def begin(self, command, place):
+        """Start one command of the comparison. False where there is nothing left to do."""
         comparison = self.comparison
         script = command.script
         flags = list(command.flags)
@@ -96,10 +170,10 @@ class Runner:
         drawn = sorted(Path(run).glob("samples*.npy")) if run else []
         if script == "sample.py" and any(newer(f"{run}/last.pt", file) for file in drawn):
             flags.append("--overwrite")      # trained on since they were drawn
-        so_far = run and script in ("evaluate.py", "report.py")
+        so_far = is_so_far(command)
         measured = drawn and all(newer(f"{run}/metrics.json", file) for file in drawn)
         if so_far and measured and script == "evaluate.py":
-            return
+            return False
         torchrun = []
         alone = script == "report.py" or (script == "data.py" and "--vae" not in flags)
         if comparison.c.NPROC != "1" and not alone:
@@ -107,13 +181,18 @@ class Runner:
                         comparison.c.NPROC, "--"]
         if not so_far:
             print(f"--- {Command(script, flags)}", flush=True)
-        self.call([*torchrun, script, *flags], quiet=so_far)
-        if so_far and script == "report.py":
-            print(f"report so far: {comparison.out}/report/report.md", flush=True)
+        variables = place
+        if script in JUDGES and not so_far:
+            variables = None                 # nothing is left to go beside it: it has all cores
+        quiet = subprocess.DEVNULL if so_far else None
+        self.start([*torchrun, script, *flags], command, place, variables, quiet)
+        return True
 
-    def run(self):
+    def run(self, gpus):
         comparison = self.comparison
-        self.stage(comparison.commands[0])                 # the data
+        with self.stopping():
+            self.begin(comparison.commands[0], None)       # the data
+            self.next_end()
         classes = Path(comparison.data, "classes.txt").read_text(encoding="utf-8").splitlines()
         # Size and classes of the pictures are known now.
         c = choices_of(comparison.what, os.environ)
@@ -124,15 +203,61 @@ class Runner:
         names = " ".join(Path(run).name for run in comparison.runs)
         print(f"{len(comparison.runs)} trainings of {c.STEPS} steps, {c.NUM_SAMPLES} samples each, "
               f"judged by {c.JUDGE}; in this order: {names}", flush=True)
+        self.choose_places(c, gpus)
         plan = "".join(f"python {command}\n" for command in comparison.commands)
         write_whole(Path(comparison.out, "plan.txt"), plan)
-        threading.Thread(target=tell_time, args=(comparison,), daemon=True).start()
-        for command in comparison.commands[1:]:
-            missing = without_checkpoints(comparison.runs)
-            if "--trajectory" in command.flags and missing:
+        threading.Thread(target=tell_time, args=(comparison, len(self.places)),
+                         daemon=True).start()
+        with self.stopping():
+            self.run_all(comparison.commands)
+
+    def choose_places(self, c, gpus):
+        """How many go side by side, and where each of them runs."""
+        side = side_of(self.comparison.what, c, self.comparison.data)
+        jobs = jobs_of(c, side, gpus)
+        self.places = places_of(jobs, c.DEVICE, gpus)
+        if jobs > 1:
+            each = "".join(f", {name}={value}" for name, value in self.places[0].items()
+                           if name == "OMP_NUM_THREADS")
+            print(f"{jobs} at a time{each}; JOBS=1: one after the other", flush=True)
+
+    def run_all(self, commands):
+        """Each as soon as what it reads is there and a place is free."""
+        waits = waits_for(commands)
+        done = {0}
+        todo = [j for j in order_of(commands, waits, len(self.places)) if j != 0]
+        free = list(self.places)
+        while todo or self.running:
+            ready = [j for j in todo if waits[j] <= done] if free else []
+            if not ready:
+                one = self.next_end()
+                # By identity: the report after a trajectory is the same command once more.
+                done.update(j for j, command in enumerate(commands) if command is one.command)
+                free.append(one.place)
+                if is_so_far(one.command) and one.command.script == "report.py":
+                    print(f"report so far: {self.comparison.out}/report/report.md", flush=True)
+                continue
+            j = ready[0]
+            missing = without_checkpoints(self.comparison.runs)
+            if "--trajectory" in commands[j].flags and missing:
                 print(f"no trajectory: {missing} has no step_*.pt (TRAIN=\"--checkpoint-every N\")")
-                break                        # the trajectory and its report are the last
-            self.stage(command)
+                todo = []                    # the trajectory and its report are the last
+                continue
+            todo.remove(j)
+            if self.begin(commands[j], free[0]):
+                free.pop(0)
+            else:
+                done.add(j)
+
+
+def pass_on(stream, name):
+    """Print the lines of a process, each with the name of its command before it."""
+    # A progress bar ends its lines with a return.
+    for line in io.TextIOWrapper(stream, encoding="utf-8", errors="replace"):
+        if line.strip():
+            with contextlib.suppress(OSError):
+                # One write: the lines of others come between two.
+                print(f"[{name}] {line.rstrip()}\n", end="", flush=True)
 
 
 def without_checkpoints(runs):
@@ -161,7 +286,7 @@ def last_row(run):
     return json.loads(whole[-1]) if whole else None
 
 
-def tell_time(comparison):
+def tell_time(comparison, jobs):
     """Waits for the first log line of any training, then says how long all of them will take."""
     while not any(last_row(run) for run in comparison.runs):
         time.sleep(1)
@@ -171,7 +296,8 @@ def tell_time(comparison):
     left = sum(steps - min(steps, row["step"] if row else 0) for row in rows)
     if left:
         free = shutil.disk_usage(comparison.out).free / 1e9
-        print(f"\nall trainings together: about {pace[-1] * left / 60:,.0f} more minutes at the "
+        minutes = pace[-1] * left / min(jobs, len(rows)) / 60
+        print(f"\nall trainings together: about {minutes:,.0f} more minutes at the "
               "pace of the first steps, sampling and judging not counted; "
               f"{free:,.0f} GB of disk are free", flush=True)
 
@@ -182,15 +308,17 @@ def compare(what, source, check):
     check_choices(what, c)
     comparison = Comparison(what, source, c)
     if check:
-        return check_commands(comparison)
+        check_commands(comparison)
+        # The scripts have imported it.
+        torch = sys.modules.get("torch")
+        return print(torch.cuda.device_count() if torch else 0)
     runner = Runner(comparison)
-    # In a process of its own: this one stays small, for it waits for hours.
-    runner.call(["-m", "common.run_all", "--check", what, source])
+    gpus = runner.check()
     check_sizes(comparison)
     if what == "imagenet-pruning":
         images = sum(len(files) for _, _, files in os.walk(source))
         print(f"{images:,} images: {comparison.needs(images)}", flush=True)
-    runner.run()
+    runner.run(gpus)
 
 
 def main(argv):

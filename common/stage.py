@@ -93,6 +93,7 @@ class Stage:
     outputs  names that must stand for the stage to be done; ready() has the last word on that
     load     called where the stage is not done, before anything is removed or written: for what
              takes long to load, and may be refused
+    open     flags that are recorded and may differ on a resume, which is said then
     late     the block itself calls begin(), once it has made what takes the place of the old
     stale    patterns that a call which begins anew removes: what another call left must not pass
              for its own
@@ -104,7 +105,7 @@ class Stage:
     """
 
     def __init__(self, script, args, inputs=(), outputs=(), free=(), stale=(), scraps=(), parts=(),
-                 ready=None, load=None, late=False):
+                 ready=None, load=None, late=False, open=()):
         self.script = script
         self.out = Path(args.out)
         self.file = self.out / f"{script}.args.json"
@@ -112,6 +113,7 @@ class Stage:
         self.ready = ready or (lambda: True)
         self.load = load or (lambda: None)
         self.late = late
+        self.open = open
         self.overwrite = getattr(args, "overwrite", False)
         self.inputs = dict(inputs)
         self.unbound = {"out", "overwrite", "device", *free}
@@ -183,6 +185,7 @@ class Stage:
             return False, False, 0.0
         old = load_record(self.file)
         new = json.loads(json.dumps(self.record, default=float))
+        changed = []
         for part, noun in (("args", "--{}"), ("inputs", "the input '{}'")):
             # An earlier version may have bound a flag that is free by now.
             free = self.unbound if part == "args" else ()
@@ -190,10 +193,16 @@ class Stage:
                 was = old[part].get(key)
                 now = new[part].get(key)
                 name = noun.format(key.replace("_", "-"))
+                if part == "args" and key in self.open:
+                    changed += [f"{name} = {was}, now {now}"] * (was != now)
+                    continue
                 need(was == now, f"{self.out}: was made with {name} = {was}, now {now}; use "
                                  "another --out, or --overwrite to redo it")
         standing = all((self.out / name).exists() for name in self.outputs)
         done = old["seconds"] is not None and standing and self.ready()
+        if changed and not done:
+            log(f"note: {self.out} was begun with {', '.join(changed)}: equal to rounding, not "
+                "bit for bit")
         return done, True, old.get("spent", 0.0)
 
     def begin(self):

@@ -70,7 +70,7 @@ class DDPM:
         """(sqrt(abar), sqrt(1 - abar)) at u (n,), float32 (n, 1, 1, 1) each, on the device of x."""
         if x.device not in self.tables:  # copied once, not once a step
             table = torch.stack([self.abar.sqrt(), (1 - self.abar).sqrt()])
-            self.tables[x.device] = table.to(x.device, torch.float32)
+            self.tables[x.device] = table.to(x.device, torch.float32, non_blocking=True)
         a, s = self.tables[x.device][:, self.model_time(u).long()]
         return a.view(-1, 1, 1, 1), s.view(-1, 1, 1, 1)
 

@@ -115,18 +115,51 @@ def wait(device):
         torch.cuda.synchronize()
 
 
-def matmul_peak(device, dtype, n=None, repeats=40):
-    """FLOP/s of the best of `repeats` products of two n x n matrices: what the device can do in practice."""
+def matmul_peak(device, dtype, n=None, repeats=40, seconds=10):
+    """FLOP/s of the best of `repeats` products of two n x n matrices, or as many as `seconds` hold: what the device can do in practice."""
     import torch
     n = n or (8192 if device.type == "cuda" else 2048)
     a, best = torch.randn(n, n, device=device).to(dtype), math.inf
-    for _ in range(repeats + 1):
+    begun = time.perf_counter()
+    for k in range(repeats + 1):
         wait(device)
         start = time.perf_counter()
         a @ a
         wait(device)
         best = min(best, time.perf_counter() - start)
+        if time.perf_counter() - begun > seconds:
+            break
     return 2 * n**3 / best
+
+
+def precisions(device):
+    """[--amp]: none, and before it bf16 where the hardware computes it. Emulated it would take half an hour to say what is known."""
+    from common.precision import computes
+    if computes(device, "bf16"):
+        return ["bf16", "none"]
+    print("bf16 is left out: this hardware has no instructions for it and emulates it, 14 to 30 times slower than fp32", flush=True)
+    return ["none"]
+
+
+def machine(device):
+    """The device and what it does at most, in words; {--amp: FLOP/s of a large product}."""
+    import torch
+    name = f"CPU ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    dtypes = {"none": torch.float32, "bf16": torch.bfloat16}
+    peak = {amp: matmul_peak(device, dtypes[amp]) for amp in precisions(device)}
+    print(f"{name}: matmul peak " + ", ".join(f"{p / 1e9:,.0f} GFLOP/s {'fp32' if amp == 'none' else amp}" for amp, p in peak.items()), flush=True)
+    return peak
+
+
+def turns_within(step, minutes, contestants, block, most):
+    """How many turns of all contestants fit, at the pace of one step of a peer; at least one, beside the two of warm-up."""
+    step()
+    start = time.perf_counter()
+    step()
+    turn = (time.perf_counter() - start) * contestants * block
+    return max(1, min(most, int(60 * minutes / turn) - 2))
 
 
 def table(device, rows, header):
@@ -274,7 +307,7 @@ def training_data(folder, latents, classes):
         np.save(folder / "images.npy", rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8))
 
 
-def train_turns(args, name, batch, amp, peers, tmp, block, more=()):
+def train_turns(args, name, batch, amp, peers, tmp, block, turns_made, more=()):
     """({name: median seconds a step} of train.py and of each peer, taking turns; how often train.py's loop waited for a GPU)."""
     import common
     import train
@@ -287,7 +320,7 @@ def train_turns(args, name, batch, amp, peers, tmp, block, more=()):
           warnings.catch_warnings(record=True) as caught):
         warnings.simplefilter("always")
         train.main(["--data", str(data), "--out", str(out), "--preset", "imagenet" if sit else "cifar10", "--model", name, "--batch-size", str(batch), "--amp", amp,
-                    "--steps", str(block * (args.turns + 2)), "--log-every", "1000000", "--checkpoint-every", "0", "--no-flips", "--device", str(args.device), *more])
+                    "--steps", str(block * (turns_made + 2)), "--log-every", "1000000", "--checkpoint-every", "0", "--no-flips", "--device", str(args.device), *more])
     return turns.medians(), sum("synchroniz" in str(w.message) for w in caught)
 
 
@@ -298,9 +331,11 @@ def bench_train(args):
     from models.build import build
     gpu = args.device.type == "cuda"
     rows, lines = [], []
-    peak = {k: matmul_peak(args.device, t) for k, t in (("none", torch.float32), ("bf16", torch.bfloat16))}
+    peak = machine(args.device)
     cases = [("unet", b, "U-Net") for b in ((128, 512) if gpu else (16,))] + [("SiT-XL/2" if gpu else "SiT-S/2", 256 if gpu else 16, "DiT")]
+    cases += [] if gpu else [("SiT-T/2", 16, "DiT")]
     cases = [c for c in cases if not args.only or c[0] in args.only]
+    share = args.minutes / max(1, len(cases) * len(peak))
     with tempfile.TemporaryDirectory(dir=args.scratch, prefix="bench_train_") as tmp:
         for name, batch, kind in cases:
             sit = kind == "DiT"
@@ -312,14 +347,16 @@ def bench_train(args):
                      "diffusers": forward_flops(make(), torch.zeros(1, *x.shape[1:]), one, *([one] if sit else []))}
             params = sum(p.numel() for p in net.parameters() if p.requires_grad)
             del net
-            for amp in ("bf16", "none"):
+            for amp in peak:
                 peers = {"diffusers_fp32": loop_of(make().to(args.device), loss_of, args.device, False)}
                 if amp == "bf16":
                     peers["diffusers_bf16"] = loop_of(make().to(args.device), loss_of, args.device, True)
                 if not sit and amp == "none":
                     peers["lucidrains_fp32"], other = lucidrains_step(x, args.device)
                     flops["lucidrains"] = forward_flops(other, x[:1], one.to(args.device))
-                seconds, waits = train_turns(args, name, batch, amp, peers, tmp, 10 if gpu else 1, ["--compile"] * gpu)
+                block = 10 if gpu else 1
+                turns = turns_within(peers["diffusers_fp32"], share, 1 + len(peers), block, args.turns)
+                seconds, waits = train_turns(args, name, batch, amp, peers, tmp, block, turns, ["--compile"] * gpu)
                 for who, s in seconds.items():
                     precision = amp if who == "ours" else "none" if who.endswith("fp32") else "bf16"
                     f = flops[who.split("_")[0]]
@@ -331,7 +368,7 @@ def bench_train(args):
                     if who.startswith("diffusers"):
                         lines.append(f"train_{'' if tag == 'unet' else tag + '_'}{mine}vs_{who} {seconds[who] / seconds['ours']:.3f}")
             rows.append(f"{'':9} {params / 1e6:.1f} M parameters")
-    table(args.device, rows, f"matmul peak {peak['none'] / 1e12:.3f} TFLOP/s fp32, {peak['bf16'] / 1e12:.3f} bf16; a training step counts as three forward passes; {args.turns} turns\n"
+    table(args.device, rows, f"a training step counts as three forward passes; at most {args.turns} turns, as many as {args.minutes:g} minutes hold\n"
           f"{'network':9} {'batch':>6} {'loop':12} {'amp':5} {'images/s':>10} {'GFLOP/img':>9} {'of peak':>8}")
     print("\n".join(lines))
 
@@ -373,13 +410,17 @@ def bench_sample(args):
     def theirs(half):
         with torch.autocast(args.device.type, dtype=torch.bfloat16, enabled=half):
             pipe(batch_size=n, num_inference_steps=steps, output_type="np")
-    s = take_turns({"sample.py --amp bf16": lambda: ours("bf16"), "sample.py": lambda: ours("none"), "diffusers DDIMPipeline": lambda: theirs(False),
-                    "diffusers DDIMPipeline, bf16": lambda: theirs(True)}, args.turns, args.device)
+    contestants = {"sample.py": lambda: ours("none"), "diffusers DDIMPipeline": lambda: theirs(False)}
+    if "bf16" in precisions(args.device):
+        contestants.update({"sample.py --amp bf16": lambda: ours("bf16"), "diffusers DDIMPipeline, bf16": lambda: theirs(True)})
+    turns = turns_within(lambda: theirs(False), args.minutes, len(contestants), 1, args.turns)
+    s = take_turns(contestants, turns, args.device)
     table(args.device, [f"{k:30} {n / v:10.3f} {n * steps / v:14.2f}" for k, v in s.items()],
-          f"DDIM, {steps} steps, {n} images at a time, {args.turns} turns\n{'who':30} {'images/s':>10} {'evaluations/s':>14}")
-    ours_bf16, ours_fp32, theirs_fp32, theirs_bf16 = s.values()
-    print(f"sample_vs_diffusers {theirs_fp32 / ours_bf16:.3f}\nsample_fp32_vs_diffusers_fp32 {theirs_fp32 / ours_fp32:.3f}\n"
-          f"sample_bf16_vs_diffusers_bf16 {theirs_bf16 / ours_bf16:.3f}")
+          f"DDIM, {steps} steps, {n} images at a time, {turns} turns\n{'who':30} {'images/s':>10} {'evaluations/s':>14}")
+    ours_fp32, theirs_fp32, *half = s.values()
+    print(f"sample_fp32_vs_diffusers_fp32 {theirs_fp32 / ours_fp32:.3f}")
+    if half:
+        print(f"sample_vs_diffusers {theirs_fp32 / half[0]:.3f}\nsample_bf16_vs_diffusers_bf16 {half[1] / half[0]:.3f}")
 
 
 def bench_evaluate(args):
@@ -462,6 +503,7 @@ def main(argv=None):
     p.add_argument("--size", type=float, default=1.0, help="share of the full size")
     p.add_argument("--only", nargs="+", help="these rows alone")
     p.add_argument("--turns", type=int, default=10, help="turns of each contestant, after two of warm-up")
+    p.add_argument("--minutes", type=float, default=8, help="train and sample: at most about so many, with fewer turns where the machine is slow; building networks comes on top")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     p.add_argument("--scratch", type=Path, help="folder for temporary files instead of the system's")
     args = p.parse_args(argv)

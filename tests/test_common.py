@@ -130,7 +130,7 @@ def test_load_pt_never_runs_what_is_in_the_file(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------- the rooms
-ORDER = "errors signals processes workers cli files pictures stage rowfill origins inputs pixels listing containers labels sources loop training run rows plan run_all".split()
+ORDER = "errors signals processes workers cli files pictures stage rowfill origins inputs pixels listing containers labels sources loop precision training run rows plan jobs run_all".split()
 
 
 def imports_of(file):
@@ -143,7 +143,7 @@ def imports_of(file):
 
 
 def test_the_index_names_what_the_rooms_hold_and_what_the_stages_use():
-    programs = {"plan", "run_all"}                                    # run_all.sh's, which no stage calls
+    programs = {"plan", "jobs", "run_all"}                                    # run_all.sh's, which no stage calls
     assert {*common.ROOMS, *programs} == {f.stem for f in (ROOT / "common").glob("*.py") if f.stem != "__init__"}
     for room, names in common.ROOMS.items():
         for name in names.split():

@@ -346,8 +346,8 @@ def test_the_record_says_which_image_stood_where(kit, monkeypatch):
     """Against the rows that the loop itself drew; with --indices they still count in the data set's order."""
     root, _ = kit
     np.save(root / "some.npy", np.r_[2:9, 22:40, 51:60])
-    seen, real = [], reweight.proxy_batch
-    monkeypatch.setattr(reweight, "proxy_batch", lambda args, inputs, step, rows, *rest: (seen.append(inputs.keep[rows.numpy()]), real(args, inputs, step, rows, *rest))[1])
+    seen, real = [], common.DeviceRows.get
+    monkeypatch.setattr(common.DeviceRows, "get", lambda self, rows, *rest: (seen.append(self.keep[rows.numpy()]), real(self, rows, *rest))[1])
     out = run(kit, "whose", "--indices", root / "some.npy")
     np.testing.assert_array_equal(np.load(out / "excess_rows.npy"), seen)
 
@@ -398,7 +398,7 @@ def test_stopped_run_resumes_bit_equal(kit, straight, monkeypatch):
         run(kit, "stopped")
     assert e.value.code == 143
     out = kit[0] / "stopped"
-    assert common.load_pt(out / "proxy.pt")["step"] == 4 and not (out / "weights.npy").exists()
+    assert common.load_pt(out / "proxy.pt")["step"] == 3 and not (out / "weights.npy").exists()
     monkeypatch.setattr(common, "lr_at", real)
     run(kit, "stopped")
     for name, v in load(out).items():

@@ -59,10 +59,10 @@ def checked(what, source, **env):
     ({"QUICK": "1", "SCORER": "run_all.sh", "REFERENCE": "run_all.sh"}, ["imagenet", "models"], "QUICK"), ({"SCORER": ""}, ["imagenet", "models"], "SCORER"),
     *(({name: value}, [], f"{flag}: {value}" if flag else f"{name}={value}: must be") for name, flag, values in (
         ("STEPS", "train.py: argument --steps", "abc -5 1.5 1e3 1e30"), ("NUM_SAMPLES", "sample.py: argument --num", "-5 0"),
-        ("PER_CLASS", "prune.py: argument --per-class", "none"), ("NPROC", "", "0 two"), ("KEEP", "prune.py: argument --keep", "7 0 0.0 -0.1 1.5 nan 10% 5e-0 50e-1"),
+        ("PER_CLASS", "prune.py: argument --per-class", "none"), ("NPROC", "", "0 two"), ("JOBS", "", "0 two -1 1.5"), ("KEEP", "prune.py: argument --keep", "7 0 0.0 -0.1 1.5 nan 10% 5e-0 50e-1"),
         ("SEEDS", "train.py: argument --seed", "a -1"), ("REPORT", "", "ful"), ("TRAJECTORY", "evaluate.py: argument --trajectory-num", "0 every"),
         ("PROCESS", "train.py: argument --process: invalid choice", "sde"), ("QUICK", "", "yes")) for value in values.split()),
-    ({"STEPS": "0"}, [], "STEPS=0: must be"), ({"SEEDS": "00"}, [], "SEEDS=00: must be"), ({"SIZE": "8x8"}, ["cifar10", "cifar10"], "data.py: argument --size: 8x8"),
+    ({"STEPS": "0"}, [], "STEPS=0: must be"), ({"JOBS": "2", "NPROC": "2"}, [], "use one of both"), ({"SEEDS": "00"}, [], "SEEDS=00: must be"), ({"SIZE": "8x8"}, ["cifar10", "cifar10"], "data.py: argument --size: 8x8"),
     ({"SCORE": "gaussian gausian"}, [], "gausian"), ({"SURROGATE": "incepton"}, [], "incepton"), ({"VISUAL": "dino"}, [], "dino"), ({"VISUAL": "inception"}, [], "inception"),
     ({"JUDGE": "fid"}, [], "fid"), ({"SIZE": "16"}, [], "SIZE=16 does nothing with digits"),
     ({"JUDGE": "ddae scratch"}, [], "ddae needs JUDGE_WEIGHTS"), ({"TRAIN": '--lr "1'}, [], "TRAIN: not a readable list of flags"),
@@ -174,6 +174,11 @@ if __name__ == "__main__":
         time.sleep(30)
     if call.startswith(os.environ.get("FAIL", "no such script")):
         sys.exit(7)
+    if os.environ.get("PAUSE"):
+        print("hello")
+        time.sleep(float(os.environ["PAUSE"]))
+        with open("calls.txt", "a") as f:
+            f.write("end " + call + "\\n")
 """
 
 
@@ -188,8 +193,8 @@ def stub(copy, tmp_path):
         (there / f"{script}.py").write_text(STAGE)
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "CLASSES": "cat dog"}
     env.pop("PYTHONPATH")
-    # Whether the machine of the tests has further packages is no part of them.
-    env.update(SURROGATE="ddae", VISUAL="ddae", JUDGE="scratch pixels")
+    # Whether the machine of the tests has further packages and cores is no part of them.
+    env.update(SURROGATE="ddae", VISUAL="ddae", JUDGE="scratch pixels", JOBS="1")
     return there, env
 
 

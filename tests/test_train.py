@@ -194,9 +194,21 @@ def test_resampling_draws_classes_with_their_probabilities():
 
 
 def test_processes_of_one_machine_share_its_memory(monkeypatch):
-    alone = common.device_budget(torch.device("cpu"))
+    net = torch.nn.Linear(10, 10)
+    alone = common.device_budget(torch.device("cpu"), net)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert common.device_budget(torch.device("cpu")) == alone / 4 > 0
+    assert common.device_budget(torch.device("cpu"), net) == alone / 4 > 0
+
+
+def test_a_gpu_s_budget_leaves_room_for_what_training_will_make(monkeypatch):
+    """110 weights, of which 10 are frozen: 400 bytes of gradients and twice, for adan four times, as much of moments are still to come."""
+    net = torch.nn.Linear(10, 10)
+    net.bias.requires_grad_(False)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (11_200, 16_000))
+    assert common.device_budget(torch.device("cuda", 0), net) == pytest.approx(0.6 * (11_200 - 1200))
+    assert common.device_budget(torch.device("cuda", 0), net, moments=4) == pytest.approx(0.6 * (11_200 - 2000))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 16_000))
+    assert common.device_budget(torch.device("cuda", 0), net) == 0
 
 
 def test_a_resume_holds_one_checkpoint_at_a_time(tiny_data, tmp_path, monkeypatch):
