@@ -20,9 +20,8 @@ def waits_for(commands):
         before = set()
         for word in command.flags:
             before |= writers(word, commands[:j])
-        # These write into the run folders, and read each other's figures.
         if command.script in JUDGES:
-            before |= {i for i in range(j) if commands[i].script in JUDGES}
+            before |= judged_before(command, commands[:j])
         # The first makes DATA/scratch.pt, which the others read.
         if asks_scratch(command):
             before.update([i for i in range(j) if asks_scratch(commands[i])][:1])
@@ -30,24 +29,37 @@ def waits_for(commands):
     return waits
 
 
+def judged_before(command, earlier):
+    """The places of the judges whose figures a judge reads, or who write where it writes.
+
+    Those are the judges of the runs that it names; of everybody, where it judges all of them.
+    """
+    judges = {i: one for i, one in enumerate(earlier) if one.script in JUDGES}
+    if not command.run:
+        return set(judges)
+    return {i for i, one in judges.items() if one.run in command.flags or not one.run}
+
+
 def order_of(commands, waits, jobs):
     """The places of the commands in the order in which those that are ready are started.
 
     The plan's own for one at a time, and where the report is renewed in between. Else first what
-    most is still to come after, or a long run would be left to the end, alone: a training counts as
-    four of the others, about what it takes on digits.
+    most is still to come after, or a long run would be left to the end, alone. A training counts as
+    four of the others, about what it takes on digits, and so does the training of the judges.
     """
-    if jobs == 1 or any(is_so_far(command) for command in commands):
+    if jobs == 1 or any(one.run and one.script == "report.py" for one in commands):
         return list(range(len(commands)))
+    asking = [j for j, command in enumerate(commands) if asks_scratch(command)]
     left = [0] * len(commands)               # of each the longest chain that begins with it
     for j in reversed(range(len(commands))):
         after = [left[i] for i, before in enumerate(waits) if j in before]
-        left[j] = max(after, default=0) + (4 if commands[j].script == "train.py" else 1)
+        long = commands[j].script == "train.py" or j in asking[:1]
+        left[j] = max(after, default=0) + (4 if long else 1)
     return sorted(range(len(commands)), key=lambda j: (-left[j], j))
 
 
 def is_so_far(command):
-    """Whether it judges the runs up to one of them, while others are still to come."""
+    """Whether it judges one run, or those up to it, while others are still to come."""
     return bool(command.run) and command.script in JUDGES
 
 

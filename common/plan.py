@@ -223,14 +223,16 @@ def own_name(source):
 class Comparison:
     """The commands of all runs; each comparison changes one thing.
 
+    apart: every run is measured once it is drawn, beside other trainings, and not all at the end.
     data, out: the data folder and the output folder; commands; runs: the folder of each training.
     """
 
-    def __init__(self, what, source, c, one_class=False):
+    def __init__(self, what, source, c, one_class=False, apart=False):
         self.what = what
         self.source = source
         self.c = c
         self.one_class = one_class
+        self.apart = apart
         name = own_name(source) if what == "folder" else what
         if what == "folder" and (name in OF_DATA or Path("data", name).resolve() == Path(source)):
             name = f"my-{name}"              # data/photos is not overwritten by what is made of it
@@ -331,25 +333,32 @@ class Comparison:
         self.runs.append(place)
         if c.QUICK:
             self.judge(list(self.runs), so_far=place)
+        elif self.apart:
+            # The first run's samples are the baseline of the others' audit.
+            runs = list(dict.fromkeys([self.runs[0], place]))
+            self.measure(runs, encoder=c.JUDGE.split(), run=place)
+
+    def measure(self, runs, **more):
+        c = self.c
+        judges = c.JUDGES if "scratch" in c.JUDGE.split() else ""
+        self.add("evaluate.py", data=self.data, device=c.DEVICE, runs=runs,
+                 encoder_weights=c.JUDGE_WEIGHTS, reference_stats=c.REFERENCE, judges=judges,
+                 **more)
 
     def judge(self, runs, so_far=""):
         """Measure and compare these runs; the first encoder is the table's."""
         c = self.c
         first = c.JUDGE.split()[0]
-        judged = dict(data=self.data, device=c.DEVICE, runs=runs, encoder_weights=c.JUDGE_WEIGHTS,
-                      reference_stats=c.REFERENCE)
-        if "scratch" in c.JUDGE.split():
-            judged["judges"] = c.JUDGES
         # The comparisons of other data sets and networks, where there is a place for them.
         beside = "runs" if self.out.startswith("runs/") or Path("runs").is_dir() else ""
         report = dict(encoder=first, beside=beside, out=f"{self.out}/report")
-        self.add("evaluate.py", **judged, encoder=c.JUDGE.split(), run=so_far)
+        self.measure(runs, encoder=c.JUDGE.split(), run=so_far)
         self.add("report.py", *runs, **report, run=so_far)
         if c.TRAJECTORY and not so_far:
             # Last, for it takes longest.
             fewer = integer(c.TRAJECTORY, 0) < integer(c.NUM_SAMPLES, 1)
             num = c.TRAJECTORY if fewer and c.TRAJECTORY != "all" else ""
-            self.add("evaluate.py", **judged, encoder=first, trajectory=True, trajectory_num=num)
+            self.measure(runs, encoder=first, trajectory=True, trajectory_num=num)
             self.add("report.py", *runs, **report)
 
     # ------------------------------------------------------------------ which runs

@@ -158,7 +158,7 @@ class Runner:
 
     def name_of(self, command):
         """What tells the lines of one command from those of another."""
-        out = out_of(command) or command.script.removesuffix(".py")
+        out = out_of(command) or command.run or command.script.removesuffix(".py")
         return out.removeprefix(f"{self.comparison.out}/")
 
     def begin(self, command, place):
@@ -179,12 +179,13 @@ class Runner:
         if comparison.c.NPROC != "1" and not alone:
             torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
                         comparison.c.NPROC, "--"]
-        if not so_far:
+        renewed = so_far and comparison.c.QUICK          # its lines would come after every run
+        if not renewed:
             print(f"--- {Command(script, flags)}", flush=True)
         variables = place
         if script in JUDGES and not so_far:
             variables = None                 # nothing is left to go beside it: it has all cores
-        quiet = subprocess.DEVNULL if so_far else None
+        quiet = subprocess.DEVNULL if renewed else None
         self.start([*torchrun, script, *flags], command, place, variables, quiet)
         return True
 
@@ -197,13 +198,18 @@ class Runner:
         # Size and classes of the pictures are known now.
         c = choices_of(comparison.what, os.environ)
         one_class = len(classes) == 1
-        comparison = Comparison(comparison.what, comparison.source, c, one_class)
+        self.choose_places(c, gpus)
+        apart = len(self.places) > 1
+        comparison = Comparison(comparison.what, comparison.source, c, one_class, apart)
         self.comparison = comparison
         print(f"surrogate {c.SURROGATE}, visual target {c.VISUAL}")
         names = " ".join(Path(run).name for run in comparison.runs)
         print(f"{len(comparison.runs)} trainings of {c.STEPS} steps, {c.NUM_SAMPLES} samples each, "
               f"judged by {c.JUDGE}; in this order: {names}", flush=True)
-        self.choose_places(c, gpus)
+        if apart:
+            each = "".join(f", {name}={value}" for name, value in self.places[0].items()
+                           if name == "OMP_NUM_THREADS")
+            print(f"{len(self.places)} at a time{each}; JOBS=1: one after the other", flush=True)
         plan = "".join(f"python {command}\n" for command in comparison.commands)
         write_whole(Path(comparison.out, "plan.txt"), plan)
         threading.Thread(target=tell_time, args=(comparison, len(self.places)),
@@ -214,12 +220,7 @@ class Runner:
     def choose_places(self, c, gpus):
         """How many go side by side, and where each of them runs."""
         side = side_of(self.comparison.what, c, self.comparison.data)
-        jobs = jobs_of(c, side, gpus)
-        self.places = places_of(jobs, c.DEVICE, gpus)
-        if jobs > 1:
-            each = "".join(f", {name}={value}" for name, value in self.places[0].items()
-                           if name == "OMP_NUM_THREADS")
-            print(f"{jobs} at a time{each}; JOBS=1: one after the other", flush=True)
+        self.places = places_of(jobs_of(c, side, gpus), c.DEVICE, gpus)
 
     def run_all(self, commands):
         """Each as soon as what it reads is there and a place is free."""

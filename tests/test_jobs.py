@@ -16,9 +16,9 @@ from conftest import copy_kit
 from test_run_all import copy, run_all_sh, stub  # noqa: F401
 
 
-def planned(what, **env):
+def planned(what, apart=False, **env):
     env = {"SURROGATE": "ddae", "VISUAL": "ddae", "JUDGE": "scratch pixels", **env}
-    return plan.Comparison(what, what, plan.choices_of(what, env)).commands
+    return plan.Comparison(what, what, plan.choices_of(what, env), apart=apart).commands
 
 
 def known(commands):
@@ -26,7 +26,7 @@ def known(commands):
     names = {}
     for j, command in enumerate(commands):
         script, out = command.script.removesuffix(".py"), jobs.out_of(command)
-        name = f"{script} {'/'.join(Path(out).parts[2:])}".strip()
+        name = f"{script} {'/'.join(Path(out or command.run).parts[2:])}".strip()
         while name in names:
             name += "+"
         names[name] = j
@@ -46,22 +46,32 @@ DIGITS = {
 def test_who_waits_for_whom_on_digits():
     commands = planned("digits")
     at, waits = known(commands), jobs.waits_for(commands)
+    assert sorted(at) == sorted([*DIGITS, "data", "evaluate", "report report"])
     for name, others in DIGITS.items():
         want = {at[other] for other in others.split(", ") if other}
         assert waits[at[name]] - {0} == want, name
     everything = {j for name, j in at.items() if name.split()[0] in ("train", "sample")}
     assert waits[at["evaluate"]] >= everything and waits[at["report report"]] >= everything | {at["evaluate"]} and waits[0] == set()
+    # Measured as they are drawn: the full run first, with the judges, then each beside the others; at the end all of them.
+    commands = planned("digits", apart=True)
+    at, waits = known(commands), jobs.waits_for(commands)
+    others = [name for name in at if name.startswith("evaluate ") and name != "evaluate full"]
+    assert len(others) == 6 and waits[at["evaluate full"]] - {0} == {at["train full"], at["sample full"]}
+    for name in others:
+        assert waits[at[name]] - {0} == {at[step] for step in ("train full", "sample full", "evaluate full", *(name.replace("evaluate", step) for step in ("train", "sample")))}
+    assert waits[at["evaluate"]] >= {at[name] for name in others} and at["evaluate full"] in waits[at["attach random-attach/attach"]]
     # A weight whose features another score computed waits for that score, and not for the training beside them; a so-far judge for those before it.
     commands = planned("cifar10", QUICK="1", SCORE="gaussian moderate")
     at, waits = known(commands), jobs.waits_for(commands)
     assert at["prune pruned/prune"] in waits[at["prune pruned-moderate/prune"]] and at["train pruned"] not in waits[at["prune pruned-moderate/prune"]]
-    assert at["sample full"] in waits[at["evaluate"]] and at["train random"] not in waits[at["evaluate"]]
-    assert at["evaluate"] in waits[at["evaluate+"]] and at["evaluate"] in waits[at["attach random-attach/attach"]]
+    assert at["sample full"] in waits[at["evaluate full"]] and at["train random"] not in waits[at["evaluate full"]]
+    assert at["evaluate full"] in waits[at["evaluate random"]] and at["evaluate full"] in waits[at["attach random-attach/attach"]]
 
 
 @pytest.mark.parametrize("what, env", [("digits", {}), ("digits", {"REPORT": "full", "SEEDS": "0 1"}), ("cifar10", {}), ("cifar10", {"QUICK": "1"}), ("digits", {"SCORER_STEPS": "80"})])
-def test_the_plan_s_own_order_is_always_allowed(what, env):
-    waits = jobs.waits_for(planned(what, **env))
+@pytest.mark.parametrize("apart", [False, True])
+def test_the_plan_s_own_order_is_always_allowed(what, env, apart):
+    waits = jobs.waits_for(planned(what, apart, **env))
     assert all(i < j for j, before in enumerate(waits) for i in before)
 
 
@@ -120,9 +130,12 @@ def test_several_at_once_in_an_allowed_order(stub):  # noqa: F811
     assert p.returncode == 0, p.stderr
     lines = (there / "calls.txt").read_text().splitlines()
     running, most, ended = set(), 0, set()
-    commands = planned("digits")
+    commands = planned("digits", apart=True)
     at = {name: str(commands[j]) for name, j in known(commands).items()}
-    before = {at[name]: [at[other] for other in others.split(", ") if other] for name, others in DIGITS.items()}
+    # The judges' networks are made by the first who asks for them.
+    wanted = {**DIGITS, "attach d2c-select-attach/attach": "train full, evaluate full", "evaluate random": "sample random, evaluate full", "evaluate full": "sample full",
+              "evaluate": "evaluate d2c-select-attach, evaluate pruned-dro", "report report": "evaluate"}
+    before = {at[name]: [at[other] for other in others.split(", ") if other] for name, others in wanted.items()}
     for line in lines:
         if line.startswith("end "):
             running.remove(line[4:])
