@@ -183,7 +183,8 @@ def test_a_failure_is_named_and_ends_the_others(stub):  # noqa: F811
 @pytest.mark.slow
 def test_the_same_bytes_as_one_after_the_other(tmp_path):
     """Digits with few steps, one thread a run: weights, kept sets, samples and figures."""
-    sizes = dict(STEPS="12", NUM_SAMPLES="60", DRO="--eta 0.05 --steps 12 --batch-size 8 --burn-in 2", DEVICE="cpu", OMP_NUM_THREADS="1", SURROGATE="ddae", VISUAL="ddae", JUDGE="scratch pixels")
+    sizes = dict(STEPS="12", NUM_SAMPLES="60", DRO="--eta 0.05 --steps 12 --batch-size 8 --burn-in 2", DEVICE="cpu", OMP_NUM_THREADS="1", SURROGATE="ddae", VISUAL="ddae", JUDGE="scratch pixels",
+                 JUDGES="2", GUIDANCE="1 1.5", RUNS="full random pruned-dro d2c-select-attach")
     kits = [copy_kit(tmp_path / name / "kit") for name in ("one", "two")]
     for kit, n in zip(kits, "12"):
         code, out = run_all_sh(kit, JOBS=n, **sizes)
@@ -191,7 +192,7 @@ def test_the_same_bytes_as_one_after_the_other(tmp_path):
         shutil.rmtree(kit / "models")                                 # nothing else of the kit is looked at
     a, b = (kit / "runs/digits" for kit in kits)
     files = sorted(f.relative_to(a) for f in a.rglob("*.npy"))
-    assert len(files) > 40 and files == sorted(f.relative_to(b) for f in b.rglob("*.npy"))
+    assert len(files) > 20 and files == sorted(f.relative_to(b) for f in b.rglob("*.npy"))
     for file in files:
         assert (a / file).read_bytes() == (b / file).read_bytes(), file
     for file in sorted(f.relative_to(a) for f in a.rglob("last.pt")):
