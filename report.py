@@ -399,7 +399,9 @@ def rows_of(runs, judge, share):
         # What was not measured of every seed is left out.
         row["judged"] = {key: values for key, values in row["judged"].items()
                          if len(values) == seeds}
-        add_best_guidance([run for run in runs if run.name == name], row, judge)
+        repetitions = [run for run in runs if run.name == name]
+        row["by_guidance"] = by_guidance(repetitions, judge)
+        add_best_guidance(repetitions, row, judge)
         for key in ("area", "best_fd"):
             values = row["judged"].get(key, seeds * [[None]])
             row[key] = [mean(by_judge) for by_judge in values]
@@ -430,6 +432,20 @@ def judged_figures(run, judge, share):
         if area is not None:
             out["area"] = area.tolist()
     return out
+
+
+def by_guidance(seeds, judge):
+    """{guidance, as text: FD [[one value per judge] per seed]} of all samples.
+
+    seeds: the runs of one name. Only guidances at which every one of them was measured.
+    """
+    figures = {}
+    for cfg in seeds[0].guided:
+        rows = [run.guided.get(cfg, {}).get("encoders", {}).get(judge) for run in seeds]
+        if None not in rows:
+            text = "unknown" if cfg is None else f"{cfg:g}"
+            figures[text] = [[one["fd"] for one in judges_in(e)] for e in rows]
+    return figures
 
 
 def add_best_guidance(seeds, row, judge):
@@ -1369,18 +1385,15 @@ def judge_table(t):
     return ["## Every judge alone", "", *table_of(rows), ""]
 
 
-def guidance_table(runs, judge):
+def guidance_table(t):
     """FD at each guidance, mean over seeds."""
-    settings = list(runs[0].guided)
-    if len(settings) < 2 or any(list(run.guided) != settings for run in runs):
+    settings = {tuple(row["by_guidance"]) for row in t.values()}
+    if len(settings) > 1 or len(next(iter(settings))) < 2:
         return []
     rows = {}
-    for name in dict.fromkeys(run.name for run in runs):
-        cells = {}
-        for cfg in settings:
-            made = [run.guided[cfg]["encoders"].get(judge) for run in runs if run.name == name]
-            cells[f"guidance {cfg:g}"] = cell([e["fd"] for e in made if e])
-        rows[name] = cells
+    for name, row in t.items():
+        rows[name] = {f"guidance {cfg}": cell([mean(by_judge) for by_judge in values])
+                      for cfg, values in row["by_guidance"].items()}
     return ["## Every guidance, all samples", "", *table_of(rows), ""]
 
 
@@ -1544,7 +1557,7 @@ def pages(runs, t, judge, reached, pictures, notes, others, share):
     details = [f"# {data}: all of it", "", *yardstick(e, first.name), "## Further figures", "",
                *table_of({name: more_cells(row) for name, row in t.items()}), "",
                *legend(t, e, first.name, share), *second_judges(runs, judge),
-               *judge_table(t), *guidance_table(runs, judge), "## Every comparison", "",
+               *judge_table(t), *guidance_table(t), "## Every comparison", "",
                *(f"- {text}." for text in every), "", *costs(runs), *protocol(first, e)]
     return "\n".join(main), "\n".join(details), effects
 

@@ -1,0 +1,165 @@
+"""The tables of docs/results.md, printed from the figures that lie beside this file.
+
+    python docs/results/tables.py                       every table
+    python docs/results/tables.py digits-sit            one of them
+    python docs/results/tables.py --add digits-sit runs/digits/report/report.json \\
+        --title "Digits, SiT-T/2, 800 steps" --command "SEEDS=... bash run_all.sh"
+
+A file NAME.json holds what report.py wrote: of every run the figures of all its seeds, each under
+every judge, at every guidance. Intervals are made anew from those (models/effects.py).
+"""
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent.parent))
+
+import report  # noqa: E402
+from models.effects import relative_effect  # noqa: E402
+
+# What a table compares: the key of the figures, and its heading.
+COMPARED = {"fd": "FD, guidance 1", "best_fd": "FD, best guidance", "area": "early FD"}
+KEPT = ("seed", "kept", "steps", "epochs", "n", "memo", "memo_alike", "best_guidance", "judged",
+        "by_guidance")
+
+
+# ------------------------------------------------------------------------------------ one setting
+def add(name, files, title, command, rivals):
+    """Write NAME.json: the rows of one or more reports of one setting, rounded, without the rest."""
+    rows = {}
+    for file in files:
+        made = json.loads(Path(file).read_text(encoding="utf-8"))
+        for run, row in made["rows"].items():
+            if run in rows and rows[run]["judged"]["fd"] != rounded(row["judged"]["fd"]):
+                raise SystemExit(f"{file}: {run} is also in another of the reports, and differs")
+            rows[run] = rounded({key: row[key] for key in KEPT if key in row})
+    text = json.dumps({"title": title, "command": command, "judge": made["judge"],
+                       "rivals": dict(pair.split(":") for pair in rivals), "rows": rows})
+    (HERE / f"{name}.json").write_text(text.replace('}, "', '},\n"') + "\n", encoding="utf-8")
+
+
+def rounded(value):
+    """The same with five digits a figure."""
+    if isinstance(value, dict):
+        return {key: rounded(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [rounded(one) for one in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def rival_of(run, setting):
+    """The random row of as many images: the one that was named, else `random`; None for itself."""
+    rival = setting["rivals"].get(run, "random")
+    return None if rival == run or rival not in setting["rows"] else rival
+
+
+def headroom(rows, rival, key):
+    """How much lower the full run is, a share of the rival; None where it was not measured."""
+    found = report.measured_effect(rows["full"], rows[rival], key) if "full" in rows else None
+    return None if found is None else -found[0]
+
+
+def compared(rows, run, rival, key):
+    """'-24 % ± 18 %, better' of a run against its rival, with the report's own five outcomes."""
+    found = report.measured_effect(rows[run], rows[rival], key)
+    if found is None:
+        return "-"
+    change, half, seeds, judges = found
+    most = None if run == "full" else headroom(rows, rival, key)
+    e = report.Effect(run, rival, key, "", change, half, seeds, judges, most)
+    said = {"lower": "**better**", "higher": "worse", "undetected": "not detectable",
+            "unanswerable": "cannot be answered here"}.get(e.outcome, e.outcome)
+    return f"{e.size}, {said}"
+
+
+# ------------------------------------------------------------------------------------- the tables
+def lines_of(setting):
+    """One setting as the lines of a page: title, command, figures, differences."""
+    rows = setting["rows"]
+    first = next(iter(rows.values()))
+    seeds = len(first["seed"])
+    judges = len(first["judged"]["fd"][0])
+    lines = [f"### {setting['title']}", "", f"`{setting['command']}`", "",
+             f"{seeds} seeds, {setting['judge']} x {judges}, {first['n'][0]:,} samples a run; mean "
+             "± standard deviation over seeds, ± in per cent half a 95 % interval.", ""]
+    lines += table([figures_of(run, row) for run, row in rows.items()])
+    rivals = {run: rival_of(run, setting) for run in rows}
+    if any(rivals.values()):
+        lines += ["", *table([{"against its random row": run, **differences(rows, run, rival)}
+                              for run, rival in rivals.items() if rival])]
+    return [*lines, ""]
+
+
+def figures_of(run, row):
+    by_seed = {key: np.mean(values, 1) for key, values in row["judged"].items()}
+    best = report.cell(list(by_seed.get("best_fd", [])))
+    if "best_guidance" in row:
+        best += f" ({', '.join(f'{cfg:g}' for cfg in row['best_guidance'])})"
+    cells = {"run": run, "images": f"{row['kept'][0]:,}", "FD, guidance 1": by_seed["fd"]}
+    figures = {**cells, "best guidance": best, "of the images": by_seed.get("fd_subset", []),
+               "early FD": by_seed.get("area", []), "recall": by_seed.get("recall", []),
+               "copied": row.get("memo", [])}
+    return {name: value if isinstance(value, str) else report.cell(list(value))
+            for name, value in figures.items()}
+
+
+def differences(rows, run, rival):
+    return {heading: compared(rows, run, rival, key) for key, heading in COMPARED.items()}
+
+
+def table(rows):
+    """Rows of one set of columns as a table in Markdown, without columns that are empty."""
+    columns = [name for name in rows[0] if any(row[name] != "-" for row in rows)]
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    return lines + ["| " + " | ".join(row[name] for name in columns) + " |" for row in rows]
+
+
+def gate(settings):
+    """Which settings can answer: what there is to gain, and what three seeds would show of it."""
+    rows = []
+    for name, setting in settings.items():
+        made = setting["rows"]
+        for run in made:
+            if "full" not in made or not run.startswith("random") or "attach" in run:
+                continue
+            cells = {"setting": name, "run": run, "images": f"{made[run]['kept'][0]:,}"}
+            for key, heading in COMPARED.items():
+                found = report.measured_effect(made["full"], made[run], key)
+                cells[heading] = "-"
+                if found is not None and found[1] is not None:
+                    opens = -found[0] >= 2 * found[1]
+                    cells[heading] = (f"{report.percent(found[0], '+')} ± "
+                                      f"{report.percent(found[1])}{', **open**' if opens else ''}")
+            rows.append(cells)
+    return ["### The power gate: the full run against random images", "", *table(rows), ""]
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("names", nargs="*", help="settings to print; default: all, and the power gate")
+    p.add_argument("--add", nargs="+", metavar="WORD", help="NAME REPORT.json ...: keep a setting")
+    p.add_argument("--title", default="", help="with --add: heading of its table")
+    p.add_argument("--command", default="", help="with --add: the command that makes it")
+    p.add_argument("--rivals", nargs="*", default=[], metavar="RUN:RANDOM",
+                   help="with --add: the random row of runs that keep another number of images")
+    args = p.parse_args(argv)
+    if args.add:
+        return add(args.add[0], args.add[1:], args.title, args.command, args.rivals)
+    files = sorted(HERE.glob("*.json"))
+    settings = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
+    unknown = set(args.names) - set(settings)
+    if unknown:
+        p.error(f"{', '.join(sorted(unknown))}: there is {', '.join(settings)}")
+    if not args.names:
+        print("\n".join(gate(settings)))
+    for name in args.names or settings:
+        print("\n".join(lines_of(settings[name])))
+
+
+if __name__ == "__main__":
+    main()
