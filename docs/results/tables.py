@@ -96,14 +96,14 @@ def lines_of(setting):
 
 def figures_of(run, row):
     by_seed = {key: np.mean(values, 1) for key, values in row["judged"].items()}
-    best = report.cell(list(by_seed.get("best_fd", [])))
+    best = report.cell(list(by_seed.get("best_fd", [])), "{:.2f}")
     if "best_guidance" in row:
         best += f" ({', '.join(f'{cfg:g}' for cfg in row['best_guidance'])})"
     cells = {"run": run, "images": f"{row['kept'][0]:,}", "FD, guidance 1": by_seed["fd"]}
     figures = {**cells, "best guidance": best, "of the images": by_seed.get("fd_subset", []),
                "early FD": by_seed.get("area", []), "recall": by_seed.get("recall", []),
                "copied": row.get("memo", [])}
-    return {name: value if isinstance(value, str) else report.cell(list(value))
+    return {name: value if isinstance(value, str) else report.cell(list(value), "{:.2f}")
             for name, value in figures.items()}
 
 

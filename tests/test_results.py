@@ -1,0 +1,71 @@
+"""docs/results: every table of the page is what the command prints from the figures that lie there."""
+import importlib.util
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+
+from conftest import ROOT
+
+FILES = sorted((ROOT / "docs/results").glob("*.json"))
+
+
+@pytest.fixture(scope="module")
+def tables():
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "docs/results/tables.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def made(tables, tmp_path, monkeypatch):
+    """A report of three runs, two seeds and three judges, added as `small`; the figures of its FD are returned."""
+    rng = np.random.default_rng(0)
+    fds = {name: rng.uniform(1, 2, (2, 3)) for name in ("full", "random", "pruned")}
+    rows = {name: {"seed": [0, 1], "kept": [150, 150], "steps": [8, 8], "epochs": [1, 1], "n": [60, 60], "memo": [0.5, None], "memo_alike": [None, None], "seconds": [1.0, 2.0],
+                   "judged": {"fd": fd.tolist(), "best_fd": (fd / 2).tolist()}, "best_guidance": [1.0, 1.5], "by_guidance": {"1": fd.tolist()}} for name, fd in fds.items()}
+    monkeypatch.setattr(tables, "HERE", tmp_path)
+    (tmp_path / "report.json").write_text(json.dumps({"judge": "scratch", "rows": rows}))
+    tables.main(["--add", "small", str(tmp_path / "report.json"), "--title", "Small", "--command", "a b"])
+    (tmp_path / "report.json").unlink()
+    return fds
+
+
+def test_figures_are_kept_and_printed(tables, made, capsys):
+    """Mean and standard deviation over seeds, effects by Student's interval over judges and seeds as a plain loop has them."""
+    tables.main(["small"])
+    out = capsys.readouterr().out
+    assert out.startswith("### Small\n\n`a b`\n") and "2 seeds, scratch x 3, 60 samples a run" in out
+    mean = made["pruned"].mean(1)
+    assert f"| pruned | 150 | {mean.mean():.2f} ± {abs(mean[0] - mean[1]) / math.sqrt(2):.2f} | {mean.mean() / 2:.2f} ±" in out
+    total = sum((made["pruned"][s, j] - made["random"][s, j]) / np.mean(made["random"][:, j]) for s in range(2) for j in range(3)) / 6
+    assert re.search(rf"\| pruned \| \{'+' if total > 0 else '-'}{abs(total):.0%}".replace("%", " %"), out), (total, out)
+    kept = json.loads((tables.HERE / "small.json").read_text())
+    assert np.allclose(kept["rows"]["full"]["judged"]["fd"], made["full"], rtol=5e-5) and "seconds" not in kept["rows"]["full"]
+
+
+def test_the_gate_opens_where_there_is_twice_as_much_to_gain(tables):
+    def setting(full, random):
+        rows = {name: {"seed": [0, 1, 2], "kept": [15], "steps": [8], "judged": {"fd": values}} for name, values in (("full", full), ("random", random))}
+        return {"a": {"rows": rows}}
+    gap = [[0.5], [0.52], [0.48]]
+    assert "**open**" in tables.gate(setting(gap, [[1.0], [1.01], [0.99]]))[4]
+    assert "**open**" not in tables.gate(setting(gap, [[1.0], [0.6], [0.5]]))[4]
+    assert "**open**" not in tables.gate(setting([[1.0], [1.01], [0.99]], gap))[4]       # worse than random: nothing to gain
+
+
+def test_what_does_not_stand_there_is_named(tables, made, capsys):
+    with pytest.raises(SystemExit) as e:
+        tables.main(["other"])
+    assert e.value.code == 2 and "other: there is small" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
+def test_the_page_holds_what_the_command_prints(tables, file):
+    page = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    lines = tables.lines_of(json.loads(file.read_text(encoding="utf-8")))
+    missing = [line for line in lines if line not in page]
+    assert len(lines) > 8 and not missing, missing[:2]
