@@ -424,6 +424,9 @@ def judged_figures(run, judge, share):
             out[name] = values
     if all("per_class" in one for one in judges):
         out["worst"] = [one["per_class"]["worst_fd"] for one in judges]
+        # Steadier than the worst alone, which is another class under another judge.
+        out["worst_three"] = [statistics.fmean(sorted(one["per_class"]["fd"])[-3:])
+                              for one in judges]
     if run.trajectory:
         from models.effects import mean_until
         steps = [point["step"] for point in run.trajectory]

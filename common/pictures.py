@@ -171,6 +171,14 @@ def shown_classes(num_classes, most=12):
     return np.unique(np.linspace(0, num_classes - 1, min(most, num_classes)).astype(int))
 
 
+def bin_edges(values, bins=40):
+    """Edges (bins + 1,), float64, around finite values (n,), which may be equal to rounding."""
+    low, high = (float(values.min()), float(values.max())) if len(values) else (0.0, 1.0)
+    # numpy refuses bins that are narrower than the spacing of the numbers.
+    margin = 1e-6 * max(abs(low), abs(high)) or 1e-6
+    return np.linspace(low - margin, high + margin, bins + 1)
+
+
 def class_histograms(path, data, values, keep, title, width, height, cut=False):
     """A histogram of values (N,) for each class shown, and in red the images `keep` (M,) of it.
 
@@ -186,7 +194,7 @@ def class_histograms(path, data, values, keep, title, width, height, cut=False):
         mine = values[data.labels == c]                                  # (n_c,)
         taken = values[keep[data.labels[keep] == c]]                     # (m_c,)
         finite = np.isfinite(mine)
-        ax.hist(mine[finite], bins=40, color="C0" if cut else "C7")
+        ax.hist(mine[finite], bins=bin_edges(mine[finite]), color="C0" if cut else "C7")
         label = f"{plain(data.classes[c])}: {len(taken)} of {len(mine)}"
         if cut:
             ax.axvline(taken.min(), color="C3")

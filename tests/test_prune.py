@@ -9,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
+import common
 import models.encoders
 import models.scratch
 import prune
@@ -585,3 +587,15 @@ def test_command_line(data, tmp_path):
     assert p.returncode == 0 and "kept 9 of 29" in p.stdout, p.stderr
     p = subprocess.run([*call, "--seed", "-1"], capture_output=True, text=True)
     assert p.returncode == 2 and "Traceback" not in p.stderr and len(p.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("low, high", [(0.7, 0.7), (0.7, np.nextafter(np.float32(0.7), np.float32(1))), (0, 0), (-3e30, 3e30), (1e-20, 1.0000001e-20), (None, None)])
+def test_scores_that_are_equal_to_rounding_are_drawn(low, high, tiny_data, tmp_path):
+    """numpy makes no bins narrower than the spacing of the numbers: a class of near twins ended in a traceback. None: nothing in a class is finite."""
+    from common.pictures import class_histograms
+    data = common.open_data(tiny_data)
+    scores = np.full(len(data.labels), -np.inf if low is None else low, np.float32)
+    scores[::2] = scores[0] if low is None else high
+    scores[data.labels == 1] = np.arange((data.labels == 1).sum())
+    class_histograms(tmp_path / "scores.png", data, scores, np.arange(len(scores)), "scores", 12, 2.2, cut=True)
+    assert Image.open(tmp_path / "scores.png").size[0] > 1000

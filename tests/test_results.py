@@ -25,8 +25,8 @@ def made(tables, tmp_path, monkeypatch):
     """A report of three runs, two seeds and three judges, added as `small`; the figures of its FD are returned."""
     rng = np.random.default_rng(0)
     fds = {name: rng.uniform(1, 2, (2, 3)) for name in ("full", "random", "pruned")}
-    rows = {name: {"seed": [0, 1], "kept": [150, 150], "steps": [8, 8], "epochs": [1, 1], "n": [60, 60], "memo": [0.5, None], "memo_alike": [None, None], "seconds": [1.0, 2.0],
-                   "judged": {"fd": fd.tolist(), "best_fd": (fd / 2).tolist()}, "best_guidance": [1.0, 1.5], "by_guidance": {"1": fd.tolist()}} for name, fd in fds.items()}
+    rows = {name: {"seed": [0, 1], "kept": [150, 150], "steps": [8, 8], "epochs": [1, 1], "n": [60, 60], "worst_n": [400, 400], "memo": [0.5, None], "memo_alike": [None, None], "seconds": [1.0, 2.0],
+                   "judged": {"fd": fd.tolist(), "best_fd": (fd / 2).tolist(), "worst_three": (3 * fd).tolist()}, "best_guidance": [1.0, 1.5], "by_guidance": {"1": fd.tolist()}} for name, fd in fds.items()}
     monkeypatch.setattr(tables, "HERE", tmp_path)
     (tmp_path / "report.json").write_text(json.dumps({"judge": "scratch", "rows": rows}))
     tables.main(["--add", "small", str(tmp_path / "report.json"), "--title", "Small", "--command", "a b"])
@@ -41,6 +41,7 @@ def test_figures_are_kept_and_printed(tables, made, capsys):
     assert out.startswith("### Small\n\n`a b`\n") and "2 seeds, scratch x 3, 60 samples a run" in out
     mean = made["pruned"].mean(1)
     assert f"| pruned | 150 | {mean.mean():.2f} ± {abs(mean[0] - mean[1]) / math.sqrt(2):.2f} | {mean.mean() / 2:.2f} ±" in out
+    assert f"| {3 * mean.mean():.2f} ± {3 * abs(mean[0] - mean[1]) / math.sqrt(2):.2f} |" in out
     total = sum((made["pruned"][s, j] - made["random"][s, j]) / np.mean(made["random"][:, j]) for s in range(2) for j in range(3)) / 6
     assert re.search(rf"\| pruned \| \{'+' if total > 0 else '-'}{abs(total):.0%}".replace("%", " %"), out), (total, out)
     kept = json.loads((tables.HERE / "small.json").read_text())

@@ -22,9 +22,11 @@ import report  # noqa: E402
 from models.effects import relative_effect  # noqa: E402
 
 # What a table compares: the key of the figures, and its heading.
-COMPARED = {"fd": "FD, guidance 1", "best_fd": "FD, best guidance", "area": "early FD"}
-KEPT = ("seed", "kept", "steps", "epochs", "n", "memo", "memo_alike", "best_guidance", "judged",
-        "by_guidance")
+COMPARED = {"fd": "FD, guidance 1", "best_fd": "FD, best guidance", "area": "early FD",
+            "worst_three": "worst three classes"}
+KEPT = ("seed", "kept", "steps", "epochs", "n", "worst_n", "memo", "memo_alike", "best_guidance",
+        "judged", "by_guidance")
+WORST_N = 400                # samples a class, from which on the FD of single classes is shown
 
 
 # ------------------------------------------------------------------------------------ one setting
@@ -103,12 +105,20 @@ def figures_of(run, row):
     figures = {**cells, "best guidance": best, "of the images": by_seed.get("fd_subset", []),
                "early FD": by_seed.get("area", []), "recall": by_seed.get("recall", []),
                "copied": row.get("memo", [])}
+    if shows_classes(row):
+        figures["worst three classes"] = by_seed["worst_three"]
     return {name: value if isinstance(value, str) else report.cell(list(value), "{:.2f}")
             for name, value in figures.items()}
 
 
+def shows_classes(row):
+    """Whether enough samples of every class were judged alone."""
+    return "worst_three" in row["judged"] and (row["worst_n"][0] or 0) >= WORST_N
+
+
 def differences(rows, run, rival):
-    return {heading: compared(rows, run, rival, key) for key, heading in COMPARED.items()}
+    return {heading: compared(rows, run, rival, key) for key, heading in COMPARED.items()
+            if key != "worst_three" or shows_classes(rows[run])}
 
 
 def table(rows):
@@ -127,7 +137,7 @@ def gate(settings):
             if "full" not in made or not run.startswith("random") or "attach" in run:
                 continue
             cells = {"setting": name, "run": run, "images": f"{made[run]['kept'][0]:,}"}
-            for key, heading in COMPARED.items():
+            for key, heading in list(COMPARED.items())[:3]:
                 found = report.measured_effect(made["full"], made[run], key)
                 cells[heading] = "-"
                 if found is not None and found[1] is not None:
