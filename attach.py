@@ -222,8 +222,8 @@ def subset_distance(args, inputs, keep, out):
     fd, random = common.from_rank0(lambda: subset_frechet(z, keep, groups, args.seed))
     mean, sd = np.mean(random), np.std(random, ddof=1)
     common.log(f"attach.py: FD ({args.judge}, {judge.width} wide) of the subset to the full set "
-               f"{fd:.4g}; of {len(random)} random subsets with as many of each class {mean:.4g} +- "
-               f"{sd:.2g}")
+               f"{fd:.4g}; of {len(random)} random subsets with as many of each class "
+               f"{mean:.4g} +- {sd:.2g}")
     return {"fd_subset": fd, "fd_random": random, "judge": judge.identity}
 
 

@@ -304,7 +304,7 @@ class Reference:
         return metrics.frechet_distance(self.mu, self.sigma, mu, sigma)
 
     def random_subsets(self, counts):
-        """[FD of DRAWS random subsets] with counts (K,) images of each class, of those that are held.
+        """[FD of DRAWS random subsets] with counts (K,) images a class, of those that are held.
 
         None where a class holds fewer. What FD(subset) has to be compared with: it depends on n.
         """
@@ -635,7 +635,8 @@ def tell(run, row, memo):
         text += f"; held-out images {row['fd_heldout']:.3f}, n={row['fd_heldout_n']}"
     said = [text + ")"]
     if "fd_bootstrap" in row:
-        said.append("resampled {mean:.3f} +- {std:.3f}, biased upwards".format(**row["fd_bootstrap"]))
+        again = row["fd_bootstrap"]
+        said.append(f"resampled {again['mean']:.3f} +- {again['std']:.3f}, biased upwards")
     if row.get("fd_subset") is not None:
         text = f"the subset itself {row['fd_subset']:.3f}"
         if row["fd_random_subsets"]:
@@ -956,7 +957,7 @@ def settings(run, judged_by, args, inputs):
 
 
 def judged_by(name, weights, inputs):
-    """What an encoder's weights are known by: the hash of their file, or of every network of scratch.
+    """What an encoder's weights are known by: hash of their file, or of each network of scratch.
 
     None, which no figures of scratch have, while some of its networks are still to be trained.
     """

@@ -27,7 +27,7 @@ ROOMS = {
                 "load_visual need_same need_trained_on inherit_flags",
     "run": "Run divergence is_due Stop", "rows": "DeviceRows StepRecord device_budget as_input",
     "pictures": "no_bombs save_grid rank_montage cut_montage figure plain save_figure "
-                "save_weights class_histograms",
+                "save_weights class_histograms", "answers": "", "comparison": "",
 }
 _room_of = {name: room for room, names in ROOMS.items() for name in names.split()}
 

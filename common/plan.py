@@ -38,7 +38,8 @@ DEFAULTS = dict(
     QUICK="", SURROGATE="", SCORE="gaussian", TEXT="minilm", VISUAL="", INTERVAL="auto", JUDGE="",
     JUDGES="", DATA_FLAGS="", DRO="", TRAIN="", SAMPLER="", GUIDANCE="1 1.5", SCORER_STEPS="",
     SHORT="", OUT="", ROOT="", SCORER="", REFERENCE="", SD="", SURROGATE_WEIGHTS="",
-    VISUAL_WEIGHTS="", JUDGE_WEIGHTS="", OFFICIAL="dit", VAE="stabilityai/sd-vae-ft-ema", IMAGE_SIZE="256")
+    VISUAL_WEIGHTS="", JUDGE_WEIGHTS="", OFFICIAL="dit", VAE="stabilityai/sd-vae-ft-ema",
+    IMAGE_SIZE="256")
 OF_DATA = {
     "digits": dict(STEPS="800", PER_CLASS="15", NUM_SAMPLES="1000", KEEP="",
                    SAMPLER="--sampler heun --steps 12",

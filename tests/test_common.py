@@ -130,7 +130,7 @@ def test_load_pt_never_runs_what_is_in_the_file(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------- the rooms
-ORDER = "errors signals processes workers cli files pictures stage rowfill origins inputs pixels listing containers labels sources loop precision training run rows plan jobs run_all".split()
+ORDER = "errors signals processes workers cli files pictures stage rowfill origins inputs pixels listing containers labels sources loop precision training run rows answers comparison plan jobs run_all".split()
 
 
 def imports_of(file):

@@ -12,6 +12,7 @@ from PIL import Image
 
 import common
 import report
+from common import answers, comparison
 
 SEVEN = ("full", "random", "random-attach", "pruned", "pruned-dro", "d2c-select", "d2c-select-attach")
 
@@ -74,20 +75,20 @@ def table(**rows):
 
 # ---------------------------------------------------------------------------------------------- sentences
 def test_cell():
-    assert report.cell([16.16]) == "16.2" and report.cell([]) == report.cell([None]) == "-"
-    assert report.cell([15.0, 16.0, 17.0]) == "16 ± 1" and report.cell([1.0, None, 3.0]) == "2 ± 1.41"
-    assert report.cell([0.5, 0.7], "{:.2f}") == "0.60 ± 0.14" and report.cell([1200.4], "{:,.0f}") == "1,200"
+    assert answers.cell([16.16]) == "16.2" and answers.cell([]) == answers.cell([None]) == "-"
+    assert answers.cell([15.0, 16.0, 17.0]) == "16 ± 1" and answers.cell([1.0, None, 3.0]) == "2 ± 1.41"
+    assert answers.cell([0.5, 0.7], "{:.2f}") == "0.60 ± 0.14" and answers.cell([1200.4], "{:,.0f}") == "1,200"
 
 
 def test_effects_pair_the_seeds_that_both_runs_have():
     """A seed that one run lacks counts in neither; rows of an older report, without seeds, are paired in their order."""
     a, b = dict(seed=[0, 1, 2], fd=[1.1, 2.2, 3.3]), dict(seed=[2, 0], fd=[3.0, 1.0])
-    change, half, seeds, judges = report.measured_effect(a, b, "fd")
+    change, half, seeds, judges = answers.measured_effect(a, b, "fd")
     assert seeds == 2 and judges == 1 and change == pytest.approx((0.1 + 0.3) / 2 / 2) and half == pytest.approx(12.706 * np.std([0.05, 0.15], ddof=1) / 2 ** 0.5, rel=1e-3)
-    assert report.measured_effect(dict(fd=[1.0, 2.0]), dict(fd=[1.0, 2.0]), "fd")[:3] == (0.0, 0.0, 2)
-    assert report.measured_effect(dict(seed=[0], fd=[1.0]), dict(seed=[1], fd=[1.0]), "fd") is None
+    assert answers.measured_effect(dict(fd=[1.0, 2.0]), dict(fd=[1.0, 2.0]), "fd")[:3] == (0.0, 0.0, 2)
+    assert answers.measured_effect(dict(seed=[0], fd=[1.0]), dict(seed=[1], fd=[1.0]), "fd") is None
     # Other judges are other figures.
-    assert report.measured_effect(dict(seed=[0], judged=dict(fd=[[1.0, 2.0]])), dict(seed=[0], fd=[1.0]), "fd") is None
+    assert answers.measured_effect(dict(seed=[0], judged=dict(fd=[[1.0, 2.0]])), dict(seed=[0], fd=[1.0]), "fd") is None
 
 
 def judged(*rows):
@@ -111,18 +112,18 @@ FULL, CLOSE = judged([0.7, 0.71], [0.7, 0.69], [0.69, 0.7]), judged([0.99, 0.98]
     (RANDOM, FULL, "identical", "D2C Select against random, FD at equal steps: the same figures to the last digit")])
 def test_sentence_for_each_outcome(row, full, outcome, said):
     rows = dict(random=RANDOM, d2c_select=row, **({"full": dict(full, kept=[1500])} if full else {}))
-    e, = report.against_random(table(**rows))
-    assert e.outcome == outcome and said in report.sentence(e), report.sentence(e)
+    e, = answers.against_random(table(**rows))
+    assert e.outcome == outcome and said in answers.sentence(e), answers.sentence(e)
     for word in ("no difference", "nothing", "No "):
-        assert word not in report.sentence(e) and word not in report.summary([e])
+        assert word not in answers.sentence(e) and word not in answers.summary([e])
     if outcome not in ("one seed", "identical"):
-        assert "n=3 seeds x 2 judges" in report.sentence(e)
-        assert report.summary([e]).startswith(f"{report.OUTCOMES[outcome]}: D2C Select (")
+        assert "n=3 seeds x 2 judges" in answers.sentence(e)
+        assert answers.summary([e]).startswith(f"{answers.OUTCOMES[outcome]}: D2C Select (")
 
 
 def test_a_summary_names_the_runs_by_outcome():
     t = table(full=FULL, random=RANDOM, pruned=HIGHER, pruned_moderate=LOWER, d2c_select=NOISY, d2c_select_attach=HIGHER)
-    said = report.answer_random(report.all_effects(t, 0.3))
+    said = answers.answer_random(answers.all_effects(t, 0.3))
     assert len(said) == 1
     assert re.sub(r"± \d+ %", "±", said[0]) == ("FD against random images: better: Pruning (moderate) (-12 % ±); worse: Pruning (+20 % ±), D2C Select + Attach (+20 % ±); "
                                              "cannot be answered in this setting: D2C Select (+5 % ±)")
@@ -131,14 +132,14 @@ def test_a_summary_names_the_runs_by_outcome():
 @pytest.mark.parametrize("full, run, top, answerable", [(FULL, HIGHER, "-30 %", True), (FULL, NOISY, "-30 %", False), (CLOSE, SAME, "-0.8 %", False), (HIGHER, SAME, "+20 %", False)])
 def test_headroom_stands_above_the_answers(full, run, top, answerable):
     t = table(full=full, random=RANDOM, pruned=run)
-    line, _ = report.headroom_lines(t, report.all_effects(t, 0.3))
+    line, _ = answers.headroom_lines(t, answers.all_effects(t, 0.3))
     assert f"change FD by {top}" in line and "**Detectable**" in line and ("cannot be answered" in line) != answerable
     assert ("no ceiling" in line) == top.startswith("+")                  # a full run that is worse than random bounds nothing
 
 
 def test_headroom_by_hand():
     t = table(full=judged([0.5], [0.6]), random=judged([1.0], [1.2]), pruned=judged([1.0], [1.2]))
-    assert report.headroom(t, "random") == pytest.approx(0.5) and report.headroom(t, "full") is None and report.headroom(table(random=RANDOM), "random") is None
+    assert answers.headroom(t, "random") == pytest.approx(0.5) and answers.headroom(t, "full") is None and answers.headroom(table(random=RANDOM), "random") is None
 
 
 def test_an_old_report_of_one_judge_says_so(tmp_path):
@@ -174,10 +175,10 @@ def test_speed_up_at_equal_epochs(short, briefly, random, verdict):
     def row(fd, **more):
         return judged([fd, fd * 1.002], [fd * 1.001, fd], [fd * 1.001, fd * 1.002]) | more
     t = table(full=row(1.0, kept=[1500], steps=[1000]), full_short=row(briefly, kept=[1500], steps=[100]), random_short=row(random, steps=[100]), pruned_short=row(short, steps=[100]))
-    (got, text), = report.equal_epochs(t)
+    (got, text), = answers.equal_epochs(t)
     assert got.startswith(verdict) and text.startswith(f"A speed-up of 10x at equal epochs (pruned-short, 100 steps) {verdict}") and "full at its end" in text
-    assert report.answer_cost(t, {}, [(got, text)]) == [text]
-    assert report.equal_epochs(table(full={}, pruned_short={})) == []
+    assert answers.answer_cost(t, {}, [(got, text)]) == [text]
+    assert answers.equal_epochs(table(full={}, pruned_short={})) == []
 
 
 def test_early_quality_is_a_figure_of_its_own(tmp_path):
@@ -199,29 +200,29 @@ def test_a_subset_is_compared_with_random_of_its_own_size_only():
     t = table(random=dict(kept=[5000], fd=[4.0]), random_04=dict(kept=[20000]), d2c_random=dict(kept=[1000], fd=[9.0]), d2c_select=dict(kept=[1000], fd=[4.5]),
               pruned=dict(kept=[5000], fd=[2.0]), d2c_select_attach=dict(kept=[1000], fd=[3.0]), random_attach=dict(kept=[1000], fd=[6.0]))
     t["random-0.4"], t["pruned-0.4"] = t.pop("random-04") | dict(fd=[2.0]), t["pruned"] | dict(kept=[20000], fd=[1.0])
-    got = {(e.who, e.whom): round(e.change, 2) for e in report.against_random(t)}
+    got = {(e.who, e.whom): round(e.change, 2) for e in answers.against_random(t)}
     assert got == {("Pruning", "random"): -0.5, ("Pruning 0.4", "random-0.4"): -0.5, ("D2C Select", "d2c-random"): -0.5, ("D2C Select + Attach", "d2c-random"): -0.67}
-    source = [(e.who, e.whom, round(e.change, 2)) for e in report.of_sources(t)]
+    source = [(e.who, e.whom, round(e.change, 2)) for e in answers.of_sources(t)]
     assert source == [("Selection alone", "d2c-random", -0.5), ("Attaching alone", "d2c-random", -0.33), ("Both", "d2c-random", -0.67),
                       ("Selection on top of attachments", "attachments on random images", -0.5)]
-    nothing = report.all_effects(table(random=dict(kept=[10]), pruned={}), 0.3)
-    assert report.answer_random(nothing) == [] and report.answer_source(nothing) == [] and report.of_sources(table(random={}, d2c_select={})) == []
+    nothing = answers.all_effects(table(random=dict(kept=[10]), pruned={}), 0.3)
+    assert answers.answer_random(nothing) == [] and answers.answer_source(nothing) == [] and answers.of_sources(table(random={}, d2c_select={})) == []
 
 
 def test_unequal_steps_are_said():
     t = table(random=dict(steps=[700], fd=[1.0]), pruned=dict(steps=[1400], fd=[0.5]))
-    e, = report.against_random(t)
-    assert report.sentence(e) == "Pruning against random, FD at 1,400 steps against 700: -50 %; one seed, so no claim"
+    e, = answers.against_random(t)
+    assert answers.sentence(e) == "Pruning against random, FD at 1,400 steps against 700: -50 %; one seed, so no claim"
 
 
 def test_dro_is_judged_by_fd_and_by_the_worst_class():
     t = table(pruned=dict(worst=[4.0, 4.1], fd=[1.0, 1.01]), pruned_dro=dict(worst=[2.0, 2.1], fd=[1.2, 1.21]), pruned_dro_permuted=dict(worst=[4.0, 4.1], fd=[1.0, 1.01]))
-    got = [(e.who, e.whom, e.what, e.outcome) for e in report.of_weights(t)]
+    got = [(e.who, e.whom, e.what, e.outcome) for e in answers.of_weights(t)]
     assert got == [("DRO reweighting", whom, what, outcome) for whom in ("the same images unweighted", "the weights of other classes")
                    for what, outcome in (("FD", "higher"), ("worst-class FD (n=24 a class)", "lower"))]
-    said, = report.answer_random(dict(report.all_effects(t, 0.3)))
+    said, = answers.answer_random(dict(answers.all_effects(t, 0.3)))
     assert said.startswith("Class weights: better: DRO reweighting against the same images unweighted, worst class (-49 % ±")
-    assert len(report.of_weights(table(pruned=dict(worst=[None]), pruned_dro=dict(worst=[None])))) == 1
+    assert len(answers.of_weights(table(pruned=dict(worst=[None]), pruned_dro=dict(worst=[None])))) == 1
 
 
 @pytest.mark.parametrize("m, held, base, noise, verdict", [
@@ -240,7 +241,7 @@ def test_verdict_on_memorising(m, held, base, noise, verdict):
 
 def memorising(**rows):
     """The whole sentence on one run."""
-    (_, said), = report.memorising(table(**rows)).values()
+    (_, said), = answers.memorising(table(**rows)).values()
     return said
 
 
@@ -256,8 +257,8 @@ def test_without_held_out_images_the_controls_that_there_are_count():
 
 def test_runs_are_named_by_verdict():
     row = dict(memo=[0.5], memo_heldout=[0.5], memo_baseline=[0.5], memo_noise=[1.0])
-    said = report.answer_memorising(report.memorising(table(random=row, pruned=dict(row, memo=[0.9]), d2c_select=row)))
-    assert said == ["random, d2c-select: does not memorise beyond its controls; pruned: copies"] and report.answer_memorising({}) == []
+    said = answers.answer_memorising(answers.memorising(table(random=row, pruned=dict(row, memo=[0.9]), d2c_select=row)))
+    assert said == ["random, d2c-select: does not memorise beyond its controls; pruned: copies"] and answers.answer_memorising({}) == []
 
 
 def test_few_images_that_are_alike_make_a_wide_zero():
@@ -290,23 +291,23 @@ def test_reach_is_the_first_crossing_of_the_mean_over_seeds():
     runs = [S(name="full", trajectory=points(3, 2, 1.04, 1.2, 0.8)), S(name="full", trajectory=points(3, 2, 1.0, 1.2, 1.2)),        # last on average: 1
             S(name="d2c", trajectory=points(1.05, 2, 1)), S(name="d2c", trajectory=points(4, 0.1, 1.0)), S(name="random", trajectory=points(3, 1.06)),
             S(name="random", trajectory=points(1.0, 1.06, 0.5)), S(name="none", trajectory=[])]
-    reached = report.reach(runs)
+    reached = answers.reach(runs)
     assert list(reached) == ["full", "d2c", "random"] and reached["random"] == (None, dict(step=200, n=100, images_seen=25600, seconds=20, fd=pytest.approx(1.06)))
     want = {"full": (300, 1.02), "d2c": (200, 1.05)}                  # the full run reaches itself, though one of its seeds ends 20 % above the mean
     assert all(reached[k][0] == dict(step=s, n=100, images_seen=128 * s, seconds=s / 10, fd=pytest.approx(fd)) for k, (s, fd) in want.items())
-    assert report.reach(runs[2:]) == {}
+    assert answers.reach(runs[2:]) == {}
 
 
 def test_costs_and_speed_up_are_stated_for_each_run():
     at = dict(step=300, images_seen=38400, seconds=30.0, n=500)
     t = table(full={}, d2c_select=dict(preparation=[30.0], preparation_shared=[10.0]), random={})
-    out = report.cost_of_each(t, reached := {"full": (at, at), "d2c-select": (dict(step=100, images_seen=12800, seconds=10.0, n=500), at), "random": (None, dict(at, fd=1.5))})
+    out = answers.cost_of_each(t, reached := {"full": (at, at), "d2c-select": (dict(step=100, images_seen=12800, seconds=10.0, n=500), at), "random": (None, dict(at, fd=1.5))})
     assert out == ["full: within 5 % of the full run's final FD (n=500) after 300 steps, 38,400 images, 30 s",
                    "d2c-select: 30.0 s of preparation (10.0 s shared) for 100 s of training",
                    "d2c-select: within 5 % of the full run's final FD (n=500) after 100 steps, 12,800 images, 10 s (speed-up 3.00x, with preparation 0.75x)",
                    "random: the full run's final FD (within 5 %) was not reached; its best is 1.5 after 300 steps (n=500)"]
-    assert report.answer_cost(t, {}, []) == ["Preparation takes 30 s a run (10 s where runs share it) beside 100 s of training"]
-    assert report.answer_cost(t, reached, [])[1] == ("Within 5 % of the full run's final FD at equal steps: full after 300 steps; d2c-select after 100 steps (speed-up 3.00x, with "
+    assert answers.answer_cost(t, {}, []) == ["Preparation takes 30 s a run (10 s where runs share it) beside 100 s of training"]
+    assert answers.answer_cost(t, reached, [])[1] == ("Within 5 % of the full run's final FD at equal steps: full after 300 steps; d2c-select after 100 steps (speed-up 3.00x, with "
                                                      "preparation 0.75x); not reached: random")
 
 
@@ -401,17 +402,17 @@ def test_unknown_preparation_in_the_report(tmp_path):
 
 
 def test_resampling_is_a_role_of_its_own_and_budgets_may_begin_with_a_point():
-    assert report.family("pruned-.4") == "pruned" and report.family("pruned-0.4") == "pruned" and report.family("pruned-dro-resample-.4") == "pruned-dro-resample"
-    assert report.family("random-attach") == "random-attach"
+    assert answers.family("pruned-.4") == "pruned" and answers.family("pruned-0.4") == "pruned" and answers.family("pruned-dro-resample-.4") == "pruned-dro-resample"
+    assert answers.family("random-attach") == "random-attach"
     t = table(random=dict(fd=[2.0]), pruned=dict(fd=[None], worst=[4.0]), pruned_dro=dict(fd=[None], worst=[3.0]), pruned_dro_resample=dict(fd=[1.0], worst=[2.0]))
-    got = [(e.who, e.whom, e.what, round(e.change, 2)) for e in (*report.against_random(t), *report.of_weights(t))]
+    got = [(e.who, e.whom, e.what, round(e.change, 2)) for e in (*answers.against_random(t), *answers.of_weights(t))]
     assert ("Pruning + DRO resampling", "random", "FD", -0.5) in got
     assert ("DRO resampling", "the same images unweighted", "worst-class FD (n=24 a class)", -0.5) in got
     assert ("DRO resampling", "DRO weights in the loss", "worst-class FD (n=24 a class)", -0.33) in got
 
 
 def test_worst_classes_at_different_n_are_not_compared():
-    assert not any("worst" in e.what for e in report.of_weights(table(pruned=dict(worst=[4.0], worst_n=[24]), pruned_dro=dict(worst=[2.0], worst_n=[48]))))
+    assert not any("worst" in e.what for e in answers.of_weights(table(pruned=dict(worst=[4.0], worst_n=[24]), pruned_dro=dict(worst=[2.0], worst_n=[48]))))
 
 
 def test_samples_of_other_weights_are_refused(tmp_path, capsys):
@@ -507,7 +508,7 @@ def test_sample_sheet_shows_the_samples(tmp_path):
         np.save(tmp_path / name / "samples.npy", np.full((40, 8, 8, 1), value, np.uint8))
         made = json.loads((tmp_path / name / "metrics.json").read_text())
         write(tmp_path / name / "metrics.json", dict(made, samples_sha256=common.sha256(tmp_path / name / "samples.npy")))
-    report.sample_sheet([report.read_run(tmp_path / n) for n in ("full", "random")], tmp_path / "s.png")
+    comparison.sample_sheet([report.read_run(tmp_path / n) for n in ("full", "random")], tmp_path / "s.png")
     x = np.asarray(Image.open(tmp_path / "s.png").convert("L"))
     dark = (x < 60).mean(1)
     assert dark[: len(x) // 2].max() > 0.5 and dark[len(x) // 2 + 10: -10].mean() < 0.05
@@ -642,9 +643,9 @@ def test_an_audit_that_one_seed_lacks_is_that_of_the_others():
 
 
 def test_titles_of_runs():
-    assert report.title("pruned-0.4") == "Pruning 0.4" and report.title("pruned-moderate-0.4") == "Pruning (moderate) 0.4" and report.title("pruned-moderate") == "Pruning (moderate)"
-    assert report.title("pruned-dro-0.1") == "Pruning + DRO weights 0.1" and report.title("random-0.4") is None and report.title("full") is None
-    assert report.family("random-5e-2") == "random" and report.title("pruned-5e-2") == "Pruning 5e 2"
+    assert answers.title("pruned-0.4") == "Pruning 0.4" and answers.title("pruned-moderate-0.4") == "Pruning (moderate) 0.4" and answers.title("pruned-moderate") == "Pruning (moderate)"
+    assert answers.title("pruned-dro-0.1") == "Pruning + DRO weights 0.1" and answers.title("random-0.4") is None and answers.title("full") is None
+    assert answers.family("random-5e-2") == "random" and answers.title("pruned-5e-2") == "Pruning 5e 2"
 
 
 def test_the_fifth_question_is_answered_by_other_reports(tmp_path, capsys):
@@ -692,13 +693,13 @@ def test_the_fifth_question_is_answered_by_other_reports(tmp_path, capsys):
 
 def test_above_random_says_what_counts():
     t = table(random=dict(fd=[1.0, 0.99, 1.01]), pruned=dict(fd=[1.2, 1.19, 1.21]), d2c_select=dict(fd=[0.9, 1.1, 1.03]), pruned_dro=dict(fd=[1.0], steps=[300]))
-    got = report.above_random(t)                                      # fewer steps than random: no comparison
+    got = answers.above_random(t)                                      # fewer steps than random: no comparison
     assert {run: (e.who, round(e.change, 3), e.outcome) for run, e in got.items()} == {"pruned": ("Pruning", 0.2, "higher"), "d2c-select": ("D2C Select", 0.01, "undetected")}
 
 
 def test_agreement_elsewhere_is_counted_where_both_places_claim():
     rows = dict(random=RANDOM, pruned=HIGHER, d2c_select=LOWER, d2c_select_attach=NOISY)
-    said, = report.answer_elsewhere(table(**rows), "here", {"there": table(**rows | dict(d2c_select=HIGHER))})
+    said, = answers.answer_elsewhere(table(**rows), "here", {"there": table(**rows | dict(d2c_select=HIGHER))})
     assert said == "there: of 3 runs in both, 2 differ from random in both places beyond the interval, 1 of them the same way"
 
 

@@ -18,8 +18,7 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
 
-import report  # noqa: E402
-from models.effects import relative_effect  # noqa: E402
+from common import answers  # noqa: E402
 
 # What a table compares: the key of the figures, and its heading.
 COMPARED = {"fd": "FD, guidance 1", "best_fd": "FD, best guidance", "area": "early FD",
@@ -31,7 +30,7 @@ WORST_N = 400                # samples a class, from which on the FD of single c
 
 # ------------------------------------------------------------------------------------ one setting
 def add(name, files, title, command, rivals):
-    """Write NAME.json: the rows of one or more reports of one setting, rounded, without the rest."""
+    """Write NAME.json: the rows of one or more reports of one setting, rounded."""
     rows = {}
     for file in files:
         made = json.loads(Path(file).read_text(encoding="utf-8"))
@@ -61,18 +60,18 @@ def rival_of(run, setting):
 
 def headroom(rows, rival, key):
     """How much lower the full run is, a share of the rival; None where it was not measured."""
-    found = report.measured_effect(rows["full"], rows[rival], key) if "full" in rows else None
+    found = answers.measured_effect(rows["full"], rows[rival], key) if "full" in rows else None
     return None if found is None else -found[0]
 
 
 def compared(rows, run, rival, key):
     """'-24 % ± 18 %, better' of a run against its rival, with the report's own five outcomes."""
-    found = report.measured_effect(rows[run], rows[rival], key)
+    found = answers.measured_effect(rows[run], rows[rival], key)
     if found is None:
         return "-"
     change, half, seeds, judges = found
     most = None if run == "full" else headroom(rows, rival, key)
-    e = report.Effect(run, rival, key, "", change, half, seeds, judges, most)
+    e = answers.Effect(run, rival, key, "", change, half, seeds, judges, most)
     said = {"lower": "**better**", "higher": "worse", "undetected": "not detectable",
             "unanswerable": "cannot be answered here"}.get(e.outcome, e.outcome)
     return f"{e.size}, {said}"
@@ -98,7 +97,7 @@ def lines_of(setting):
 
 def figures_of(run, row):
     by_seed = {key: np.mean(values, 1) for key, values in row["judged"].items()}
-    best = report.cell(list(by_seed.get("best_fd", [])), "{:.2f}")
+    best = answers.cell(list(by_seed.get("best_fd", [])), "{:.2f}")
     if "best_guidance" in row:
         best += f" ({', '.join(f'{cfg:g}' for cfg in row['best_guidance'])})"
     cells = {"run": run, "images": f"{row['kept'][0]:,}", "FD, guidance 1": by_seed["fd"]}
@@ -107,7 +106,7 @@ def figures_of(run, row):
                "copied": row.get("memo", [])}
     if shows_classes(row):
         figures["worst three classes"] = by_seed["worst_three"]
-    return {name: value if isinstance(value, str) else report.cell(list(value), "{:.2f}")
+    return {name: value if isinstance(value, str) else answers.cell(list(value), "{:.2f}")
             for name, value in figures.items()}
 
 
@@ -138,12 +137,13 @@ def gate(settings):
                 continue
             cells = {"setting": name, "run": run, "images": f"{made[run]['kept'][0]:,}"}
             for key, heading in list(COMPARED.items())[:3]:
-                found = report.measured_effect(made["full"], made[run], key)
+                found = answers.measured_effect(made["full"], made[run], key)
                 cells[heading] = "-"
                 if found is not None and found[1] is not None:
-                    opens = -found[0] >= 2 * found[1]
-                    cells[heading] = (f"{report.percent(found[0], '+')} ± "
-                                      f"{report.percent(found[1])}{', **open**' if opens else ''}")
+                    change, half = found[:2]
+                    opens = ", **open**" if -change >= 2 * half else ""
+                    size = f"{answers.percent(change, '+')} ± {answers.percent(half)}"
+                    cells[heading] = size + opens
             rows.append(cells)
     return ["### The power gate: the full run against random images", "", *table(rows), ""]
 
