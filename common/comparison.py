@@ -1,8 +1,8 @@
 """The pictures of report.py: quality against cost, distance per class, samples, nearest images."""
 import numpy as np
 
-import common
 from common.answers import SEED, averaged, mean, prepared, spread
+from common.pictures import figure, plain, save_figure
 
 # Told apart in grey print too: by mark, dash and hatch.
 MARKS = "osD^vPX*<>"
@@ -17,7 +17,7 @@ def look(t, name):
 
 def label_of(t, name):
     """The run's name, which says so where its points stand at the seconds of training alone."""
-    shown = common.plain(name)
+    shown = plain(name)
     return f"{shown} (preparation unknown)" if prepared(t[name]) is None else shown
 
 
@@ -27,12 +27,12 @@ def frontier(runs, t, judge, path):
     followed = [name for name in t if any(run.trajectory for run in runs if run.name == name)]
     fig = frontier_curves(runs, t, followed) if followed else frontier_ends(t)
     fig.axes[0].set(ylabel=f"{judge}, lower is better")
-    common.save_figure(path, fig, dpi=110)
+    save_figure(path, fig, dpi=110)
 
 
 def frontier_curves(runs, t, followed):
     """FD against steps, images seen and seconds; the band is the lowest to the highest seed."""
-    fig = common.figure(12, 4.6)
+    fig = figure(12, 4.6)
     left, middle, right = fig.subplots(1, 3, sharey=True)
     for ax, key, label in ((left, "step", "steps"), (middle, "images_seen", "images seen"),
                            (right, "seconds", "seconds of training + preparation")):
@@ -75,7 +75,7 @@ def plain_log(ax):
 
 def frontier_ends(t):
     """FD against seconds of training, and hollow with those of preparation."""
-    fig = common.figure(8, 4.2)
+    fig = figure(8, 4.2)
     ax = fig.subplots()
     for name, row in t.items():
         x = mean(row["seconds"])
@@ -114,12 +114,12 @@ def per_class(runs, t, judge, path, most=20):
     shown = min(K, most)
     place = np.arange(shown)                                          # (shown,)
     width = 0.85 / len(seeds)
-    fig = common.figure(12, 4.2)
+    fig = figure(12, 4.2)
     ax = fig.subplots()
     for k, (name, figures) in enumerate(seeds.items()):
-        height = np.mean([figure["fd"][:shown] for figure in figures], axis=0)       # (shown,)
+        height = np.mean([one["fd"][:shown] for one in figures], axis=0)       # (shown,)
         shift = (k - len(seeds) / 2 + 0.5) * width
-        ax.bar(place + shift, height, width, label=common.plain(name),
+        ax.bar(place + shift, height, width, label=plain(name),
                color=look(t, name)["color"], hatch=HATCHES[k % len(HATCHES)], edgecolor="white",
                lw=0.3)
     ax.hlines(real["real"][:shown], place - 0.45, place + 0.45, color="k", lw=1.8,
@@ -128,7 +128,7 @@ def per_class(runs, t, judge, path, most=20):
     ax.set(xlabel="class" + some, ylabel=f"distance per class, n={real['n']}", xticks=place,
            xlim=(-0.6, shown - 0.4))
     fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=8, fontsize=8)
-    common.save_figure(path, fig, dpi=110)
+    save_figure(path, fig, dpi=110)
     return True
 
 
@@ -158,12 +158,12 @@ def nearest_sheet(runs, path):
 
 def sheet(strips, path, height, **how):
     """Pictures [(name, pixels)] one below the other, each `height` inches high and named."""
-    fig = common.figure(12, height * len(strips) + 0.1)
+    fig = figure(12, height * len(strips) + 0.1)
     for ax, (name, pixels) in zip(np.atleast_1d(fig.subplots(len(strips), 1)), strips):
         ax.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation="nearest", **how)
         ax.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
         ax.set(xticks=[], yticks=[])
-    common.save_figure(path, fig, dpi=110)
+    save_figure(path, fig, dpi=110)
 
 
 def draw_all(runs, t, distance, judge, out):
