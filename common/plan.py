@@ -19,6 +19,8 @@ from types import SimpleNamespace
 from common.errors import need, reading
 
 ALL_RUNS = "full random random-attach pruned pruned-dro d2c-select d2c-select-attach"
+# Fewer, with more seeds instead: one seed decides nothing.
+DIGITS_RUNS = "full random pruned d2c-select-attach"
 D2C_RUNS = ("random-attach", "d2c-select", "d2c-select-attach")
 DRO_RUNS = ("pruned-dro", "pruned-dro-resample", "pruned-dro-permuted")
 # The same for as many epochs as the full run: as much shorter as the subset is smaller.
@@ -41,8 +43,8 @@ DEFAULTS = dict(
     VISUAL_WEIGHTS="", JUDGE_WEIGHTS="", OFFICIAL="dit", VAE="stabilityai/sd-vae-ft-ema",
     IMAGE_SIZE="256")
 OF_DATA = {
-    "digits": dict(STEPS="800", PER_CLASS="15", NUM_SAMPLES="1000", KEEP="",
-                   SAMPLER="--sampler heun --steps 12",
+    "digits": dict(STEPS="800", PER_CLASS="5", NUM_SAMPLES="1000", KEEP="", SEEDS="0 1 2",
+                   RUNS=DIGITS_RUNS, SAMPLER="--sampler heun --steps 12",
                    DRO="--eta 0.05 --steps 400 --batch-size 64"),
     "cifar10": dict(KEEP="0.1 0.4", SCORE="gaussian moderate"),
     # D2C's own setting (Huang et al. 2025, section 4).
@@ -62,8 +64,8 @@ OF_DATA = {
 }
 # What imagenet-pruning has instead for MODEL=sd, at the size of Stable Diffusion 1.
 OF_SD = dict(STEPS="15000", IMAGE_SIZE="512", GUIDANCE="1.5 3", SAMPLER="--sampler ddim --steps 50")
-QUICK = dict(RUNS="full random pruned random-attach d2c-select d2c-select-attach", JUDGE="scratch",
-             SCORE="gaussian", TRAJECTORY="2000")
+QUICK = dict(RUNS="full random pruned random-attach d2c-select d2c-select-attach", SEEDS="0",
+             JUDGE="scratch", SCORE="gaussian", TRAJECTORY="2000")
 QUICK_SIZES = dict(STEPS="4000", NUM_SAMPLES="5000", KEEP="0.1")
 MAY_BE_EMPTY = ("DRO", "SAMPLER", "OFFICIAL")
 FILES = ("SURROGATE_WEIGHTS", "SCORER", "VISUAL_WEIGHTS", "JUDGE_WEIGHTS", "REFERENCE", "SD")
@@ -97,7 +99,7 @@ def choices_of(what, env):
         defaults.update(OF_SD)
         defaults["VAE"] = str(Path(env.get("SD") or "SD", "vae"))
     if env.get("REPORT") == "full" and not what.startswith("imagenet"):
-        defaults["GUIDANCE"] = "1 1.25 1.5 2"
+        defaults.update(GUIDANCE="1 1.25 1.5 2", RUNS=ALL_RUNS)
     c = SimpleNamespace()
     for name, value in defaults.items():
         given = env.get(name)
@@ -108,7 +110,8 @@ def choices_of(what, env):
             value = os.path.expanduser(value)
         setattr(c, name, " ".join(value.split()) if name in LISTS else value)
     if what == "digits" and not c.KEEP and not c.SHORT:
-        c.SHORT = str(max(1, integer(c.STEPS, 10) // 10))  # 15 images of a class are a tenth
+        # As many epochs as the full run's: a class of digits has 150 images.
+        c.SHORT = str(max(1, integer(c.STEPS, 1) * integer(c.PER_CLASS, 1) // 150))
     c.QUICK = quick
     c.TRAIN = f"{ours} {c.TRAIN}" if c.TRAIN else ours
     if c.REPORT == "full":

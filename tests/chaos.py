@@ -393,7 +393,7 @@ def check_lock(base, facts, kills, rng):
 
 def check_run_all(base, facts, kills, rng):
     """run_all.sh itself: killed with all that it has started, at random moments, and started again by the same command until it ends."""
-    env = {**{k: v for k, v in os.environ.items() if k != "PYTHONPATH"}, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "RUNS": "full pruned-dro d2c-select-attach", "STEPS": "12", "NUM_SAMPLES": "40",
+    env = {**{k: v for k, v in os.environ.items() if k != "PYTHONPATH"}, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "RUNS": "full pruned-dro d2c-select-attach", "SEEDS": "0", "STEPS": "12", "NUM_SAMPLES": "40",
            "TRAIN": "--checkpoint-every 4", "SAMPLER": "--sampler heun --steps 3 --cfg 1.5", "DRO": "--eta 0.05 --steps 12 --batch-size 16 --burn-in 2 --checkpoint-every 4", "DEVICE": "cpu"}
 
     def run(there, limit=None):

@@ -16,8 +16,11 @@ from conftest import copy_kit
 from test_run_all import copy, run_all_sh, stub  # noqa: F401
 
 
+ALL = {"RUNS": plan.ALL_RUNS, "SEEDS": "0"}
+
+
 def planned(what, apart=False, **env):
-    env = {"SURROGATE": "ddae", "VISUAL": "ddae", "JUDGE": "scratch pixels", **env}
+    env = {"SURROGATE": "ddae", "VISUAL": "ddae", "JUDGE": "scratch pixels", **ALL, **env}
     return plan.Comparison(what, what, plan.choices_of(what, env), apart=apart).commands
 
 
@@ -126,7 +129,7 @@ def test_where_each_of_them_runs(monkeypatch):
 # ---------------------------------------------------------------------------------------------- with stages that do nothing
 def test_several_at_once_in_an_allowed_order(stub):  # noqa: F811
     there, env = stub
-    p = subprocess.run(["bash", "run_all.sh"], cwd=there, env=env | {"JOBS": "3", "PAUSE": "0.1"}, capture_output=True, text=True, timeout=120)
+    p = subprocess.run(["bash", "run_all.sh"], cwd=there, env=env | ALL | {"JOBS": "3", "PAUSE": "0.1"}, capture_output=True, text=True, timeout=120)
     assert p.returncode == 0, p.stderr
     lines = (there / "calls.txt").read_text().splitlines()
     running, most, ended = set(), 0, set()
@@ -157,7 +160,7 @@ def test_a_signal_reaches_all_that_run(number, code, stub):  # noqa: F811
     (there / "data/digits").mkdir(parents=True)
     script = there / "data.py"
     script.write_text(script.read_text().replace('os.environ.get("SLOW")', "False"))
-    p = subprocess.Popen(["bash", "run_all.sh"], cwd=there, env=env | {"SLOW": "1", "JOBS": "2"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    p = subprocess.Popen(["bash", "run_all.sh"], cwd=there, env=env | ALL | {"SLOW": "1", "JOBS": "2"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                          preexec_fn=lambda: [signal.signal(s, signal.SIG_DFL) for s in (signal.SIGINT, signal.SIGHUP)])
     end = time.time() + 30
     while time.time() < end and not ((there / "calls.txt").exists() and len((there / "calls.txt").read_text().splitlines()) == 3):
@@ -173,7 +176,7 @@ def test_a_failure_is_named_and_ends_the_others(stub):  # noqa: F811
     script = there / "train.py"
     script.write_text(script.read_text().replace('os.environ.get("SLOW")', "True"))
     start = time.time()
-    p = subprocess.run(["bash", "run_all.sh"], cwd=there, env=env | {"JOBS": "2", "FAIL": "prune.py"}, capture_output=True, text=True, timeout=60)
+    p = subprocess.run(["bash", "run_all.sh"], cwd=there, env=env | ALL | {"JOBS": "2", "FAIL": "prune.py"}, capture_output=True, text=True, timeout=60)
     assert p.returncode == 7 and time.time() - start < 25
     assert "prune.py of random/prune ended with 7; the others save and end" in p.stderr
     assert (there / "calls.txt").read_text().splitlines()[-1] == "saved"
@@ -184,7 +187,7 @@ def test_a_failure_is_named_and_ends_the_others(stub):  # noqa: F811
 def test_the_same_bytes_as_one_after_the_other(tmp_path):
     """Digits with few steps, one thread a run: weights, kept sets, samples and figures."""
     sizes = dict(STEPS="12", NUM_SAMPLES="60", DRO="--eta 0.05 --steps 12 --batch-size 8 --burn-in 2", DEVICE="cpu", OMP_NUM_THREADS="1", SURROGATE="ddae", VISUAL="ddae", JUDGE="scratch pixels",
-                 JUDGES="2", GUIDANCE="1 1.5", RUNS="full random pruned-dro d2c-select-attach")
+                 JUDGES="2", GUIDANCE="1 1.5", SEEDS="0", RUNS="full random pruned-dro d2c-select-attach")
     kits = [copy_kit(tmp_path / name / "kit") for name in ("one", "two")]
     for kit, n in zip(kits, "12"):
         code, out = run_all_sh(kit, JOBS=n, **sizes)

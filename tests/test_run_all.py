@@ -123,7 +123,7 @@ def commands_of(what, **env):
 
 
 def test_guidances_judges_and_a_weak_scorer():
-    got = commands_of("digits", JUDGES="2", SCORER_STEPS="80")
+    got = commands_of("digits", JUDGES="2", SCORER_STEPS="80", SEEDS="0", RUNS=plan.ALL_RUNS)
     assert all(" --cfg 1 1.5 " in c for c in got if c.startswith("sample.py")) and "--judges 2" in next(c for c in got if c.startswith("evaluate.py"))
     assert any(c.startswith("train.py") and "--steps 80 " in c and c.endswith("--out runs/digits/scorer") for c in got)
     assert all("--reference runs/digits/scorer/last.pt" in c for c in got if c.startswith("attach.py"))
@@ -141,7 +141,8 @@ def test_short_and_permuted_runs():
         assert all(f"--steps {steps} " in trained[f"{run}-short{end}"] for run in ("full", "random", "pruned"))
         assert "--indices" not in trained[f"full-short{end}"] and f"runs/cifar10/pruned{end}/prune/keep.npy" in trained[f"pruned-short{end}"]
         assert f"--weights runs/cifar10/pruned-dro{end}/reweight/weights_permuted.npy" in trained[f"pruned-dro-permuted{end}"]
-    assert any("--steps 80 " in c for c in commands_of("digits", RUNS="full pruned pruned-short") if c.startswith("train.py"))
+    for per_class, steps in ((15, 80), (5, 26)):                          # of 150 images a class, as many epochs as the 800 steps of the full run
+        assert any(f"--steps {steps} " in c for c in commands_of("digits", RUNS="full pruned pruned-short", PER_CLASS=str(per_class)) if c.startswith("train.py"))
     with pytest.raises(common.UserError, match="SHORT=steps"):
         c = plan.choices_of("digits", {"RUNS": "full pruned-short"})
         c.SHORT = ""
@@ -237,7 +238,8 @@ def test_quick_digits_is_no_longer_than_digits(stub):
     for quick in ("1", "0"):
         (stub[0] / "calls.txt").unlink(missing_ok=True)
         got = calls(stub, QUICK=quick, OUT=f"runs/{quick}")
-        assert [flag(c, "--out") for c in got if c.startswith("train.py") and "random" in c] == [f"runs/{quick}/random", f"runs/{quick}/random-attach"]         # no model twice
+        random = ["random", "random-attach"] if quick == "1" else ["random", "random-seed1", "random-seed2"]                                                 # no model twice
+        assert [flag(c, "--out") for c in got if c.startswith("train.py") and "random" in c] == [f"runs/{quick}/{run}" for run in random]
         assert all("--steps 800 " in c and "--warmup" not in c for c in got if c.startswith("train.py")) and all("--num 1000 " in c for c in got if c.startswith("sample.py"))
         assert sum(c.startswith("report.py") for c in got) == (6 if quick == "1" else 1)
 
@@ -305,7 +307,7 @@ def test_a_failing_stage_ends_the_run_with_its_code(stub):
 
 @pytest.mark.slow
 def test_digits_from_nothing_to_the_report_and_again(copy):
-    sizes = dict(STEPS="12", NUM_SAMPLES="60", DRO="--eta 0.05 --steps 12 --batch-size 8 --burn-in 2", DEVICE="cpu")
+    sizes = dict(STEPS="12", NUM_SAMPLES="60", DRO="--eta 0.05 --steps 12 --batch-size 8 --burn-in 2", DEVICE="cpu", RUNS=plan.ALL_RUNS, SEEDS="0")
     code, out = run_all_sh(copy, **sizes)
     assert code == 0, out[-3000:]
     report = (copy / "runs/digits/report/report.md").read_text(encoding="utf-8")
@@ -313,7 +315,7 @@ def test_digits_from_nothing_to_the_report_and_again(copy):
     for name in ("frontier.png", "per_class.png", "samples.png", "nearest.png"):
         assert name in report and (copy / "runs/digits/report" / name).stat().st_size > 2000
     kept = {r: json.loads((copy / f"runs/digits/{r}/train.args.json").read_text())["images_kept"] for r in RUNS}
-    assert kept == {r: 1500 if r == "full" else 150 for r in RUNS}   # equal budgets: each comparison changes one thing
+    assert kept == {r: 1500 if r == "full" else 50 for r in RUNS}   # equal budgets: each comparison changes one thing
     assert np.array_equal(np.load(copy / "runs/digits/random/prune/keep.npy"), np.load(copy / "runs/digits/random-attach/attach/keep.npy"))
     stamps = {f: f.stat().st_mtime_ns for f in copy.glob("runs/digits/*/*.pt")}
     code, again = run_all_sh(copy, **sizes)                              # the same command: everything stands
@@ -438,7 +440,7 @@ def test_the_pruning_of_latent_models(model, tmp_path, tiny_sd):
 @pytest.mark.slow
 def test_quick_renews_the_report_and_puts_other_reports_beside_it(tmp_path):
     copy = copy_kit(tmp_path / "kit")                                 # of its own: every report in runs/ would stand beside this one's
-    sizes = dict(QUICK="1", STEPS="4", NUM_SAMPLES="40", TRAJECTORY="20", TRAIN="--checkpoint-every 2", RUNS="full random pruned", DEVICE="cpu")
+    sizes = dict(QUICK="1", STEPS="4", NUM_SAMPLES="40", TRAJECTORY="20", TRAIN="--checkpoint-every 2", RUNS="full random pruned", SEEDS="0", DEVICE="cpu")
     code, out = run_all_sh(copy, **sizes, SCORE="gaussian moderate", OUT="runs/quick")
     assert code == 0, out[-3000:]
     planned = ["full", "random", "pruned", "pruned-moderate"]
@@ -452,7 +454,7 @@ def test_quick_renews_the_report_and_puts_other_reports_beside_it(tmp_path):
     record = json.loads((copy / "runs/quick/pruned-moderate/prune/prune.args.json").read_text())
     assert record["args"]["score"] == "moderate" and record["args"]["features"].endswith("pruned/prune/features.npy")          # encoded once
     assert "| pruned-moderate |" in (copy / "runs/quick/report/report.md").read_text(encoding="utf-8")
-    code, out = run_all_sh(copy, PROCESS="ddpm", STEPS="4", NUM_SAMPLES="40", RUNS="full random pruned", JUDGE="scratch", DEVICE="cpu")          # the first report beside it
+    code, out = run_all_sh(copy, PROCESS="ddpm", STEPS="4", NUM_SAMPLES="40", RUNS="full random pruned", SEEDS="0", JUDGE="scratch", DEVICE="cpu")          # the first report beside it
     assert code == 0 and "report so far" not in out, out[-3000:]
     text = (copy / "runs/digits-ddpm/report/details.md").read_text(encoding="utf-8")
     assert re.search(r"Pruning, FD against random: [+-][\d.]+ % here \(one seed\); [+-][\d.]+ % with SiT-T/2 \(flow\) on digits 8 x 8, 4 steps of 128, scratch \[quick\]", text)
