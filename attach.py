@@ -25,7 +25,8 @@ Writes  OUT/keep.npy       int64 (M,), sorted;  OUT/difficulty.npy float32 (N,)
         OUT/visual.npy     float16 (M, T, d), row j belongs to keep[j]; with --flips (M, 2, T, d),
                            the mirrored image second
 
-    python attach.py --data data/digits --reference LAST.pt --per-class 15 --visual ddae --out OUT
+    python attach.py --data data/digits --reference runs/digits/full/last.pt --per-class 5 \\
+        --visual ddae --out ex/attach
 """
 from pathlib import Path
 from types import SimpleNamespace

@@ -520,7 +520,8 @@ def joined(old, new):
     # One n for all spaces: it says how far a share may lie from one half.
     if not old or "skipped" in old or "skipped" in new or old.get("n") != new.get("n"):
         return new
-    return {**old, **new}
+    spaces = {space: figures for space, figures in old.items() if isinstance(figures, dict)}
+    return {**spaces, **new}
 
 
 # ------------------------------------------------------------------------- quality over training
@@ -686,6 +687,7 @@ class Run:
     sampling: dict | None = None     # the flags of sample.py, which a trajectory draws by
     checkpoints: tuple = ()          # that a trajectory follows
     known: bool = False              # train.py left its record there
+    trained: bool = False            # for at least one step
     keep: np.ndarray | None = None   # (M,) images it was trained on; None: all, or not known
     judges: set = field(default_factory=set)       # that chose its images, or that it is aligned to
 
@@ -894,6 +896,7 @@ def read_training(run, data):
         return
     run.known = True
     made = record["args"]
+    run.trained = made.get("steps") != 0
     # train.py notes the hash of what it kept, under the name of the flag.
     source = made.get("indices")
     name = "indices"
@@ -1032,7 +1035,8 @@ def load_inputs(args, data):
         inputs.runs += open_runs(out, drawn, data, args)
     if args.trajectory:
         inputs.runs = [run for run in inputs.runs if run.main]
-    full = [run for run in inputs.runs if run.main and run.known and run.keep is None]
+    full = [run for run in inputs.runs if run.main and run.known and run.trained
+            and run.keep is None]
     inputs.full = full[0] if full else None
     # Weights are given in the order of the encoders, and the last may have none.
     weights_of = [*(args.encoder_weights or ()), *[None] * len(args.encoder)]

@@ -16,7 +16,8 @@ Writes  OUT/features.npy float32 (N, D), unless --features is given or the score
         OUT/montage.png, OUT/scores.png;  DATA/scratch.pt where --surrogate scratch finds none
 An interrupted extraction goes on where it stopped. torchrun spreads it; the first process scores.
 
-    python prune.py --data data/cifar10 --surrogate inception --score gaussian --keep 0.4 --out OUT
+    python prune.py --data data/digits --surrogate pixels --score gaussian --per-class 5 \\
+        --out ex/prune
 """
 import math
 import time

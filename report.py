@@ -14,7 +14,7 @@ Writes  OUT/report.md        the table, five answers, the pictures: a minute's r
         OUT/details.md       every comparison, judge, guidance and cost, and the protocol
         OUT/report.json, frontier.png, per_class.png, samples.png, nearest.png
 
-    python report.py runs/digits/full runs/digits/random --out runs/digits/report
+    python report.py runs/digits/full runs/digits/random --out ex/report
 """
 import contextlib
 import itertools
@@ -391,8 +391,8 @@ def judged_figures(run, judge, share):
     if all("per_class" in one for one in judges):
         out["worst"] = [one["per_class"]["worst_fd"] for one in judges]
         # Steadier than the worst alone, which is another class under another judge.
-        out["worst_three"] = [statistics.fmean(sorted(one["per_class"]["fd"])[-3:])
-                              for one in judges]
+        figures = [one["per_class"].get("fd_all", one["per_class"]["fd"]) for one in judges]
+        out["worst_three"] = [statistics.fmean(sorted(by_class)[-3:]) for by_class in figures]
     if run.trajectory:
         from models.effects import mean_until
         steps = [point["step"] for point in run.trajectory]
@@ -456,6 +456,7 @@ def figures_of(run, judge):
         "n": e["n"], "fd": e["fd"], "fd_subset": e.get("fd_subset"),
         "fd_random_subsets": mean(e.get("fd_random_subsets") or []),
         "worst": classes.get("worst_fd"), "worst_n": classes.get("n"),
+        "worst_three_n": classes.get("n_all", classes.get("n")),
         "read": e.get("read_as_labelled"),
         "precision": e.get("precision"), "recall": e.get("recall"),
         "density": e.get("density"), "coverage": e.get("coverage"),

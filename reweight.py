@@ -220,7 +220,7 @@ def open_record(args, run, stage):
     return common.StepRecord(np.lib.format.open_memmap(part if part.exists() else whole, "r+"))
 
 
-def weigh(args, inputs, record, out):
+def weigh(args, inputs, record, run, out):
     """Writes the weights, prints them beside their null. Returns what is worth recording."""
     from models.permutation import derangement, permutation_test, permuted_null, told
     names, K = inputs.data.classes, inputs.data.num_classes
@@ -248,7 +248,7 @@ def weigh(args, inputs, record, out):
                  excess_rows=inputs.keep[rows])
     for name, values in saved.items():
         # What a finished call left stays, byte for byte: others may have trained with it.
-        if not (out / f"{name}.npy").exists():
+        if run.first < args.steps or not (out / f"{name}.npy").exists():
             common.save_npy(out / f"{name}.npy", values)
     text, found = told(names, w, low, high, mean, test, len(null))
     common.log(text)
@@ -391,7 +391,7 @@ def main(argv=None):
         seconds = run.seconds()
         skipped = run.bad.in_all()
         common.log(f"proxy {seconds:,.1f} s, {run.images():,} images seen, {skipped} steps skipped")
-        facts = weigh(args, inputs, record, stage.out) if record is not None else {}
+        facts = weigh(args, inputs, record, run, stage.out) if record is not None else {}
         stage.finish(proxy_seconds=round(seconds, 3), images_seen=run.images(), skipped=skipped,
                      **facts)
 

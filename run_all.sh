@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # The whole comparison, from a data set to the report. To resume it, run the same command again: what is done stays.
 #
-#   bash run_all.sh                     digits: embedded, needs nothing downloaded, minutes on a CPU
+#   bash run_all.sh                     digits: four runs of three seeds; embedded, minutes on a CPU
 #   bash run_all.sh cifar10             CIFAR-10 (ROOT=folder where it already lies), one GPU, an evening
-#   QUICK=1 bash run_all.sh cifar10     the same questions with short runs, sized for 25 minutes of one GPU;
+#   QUICK=1 bash run_all.sh cifar10     full, random, Gaussian at 10 % and D2C, short: 25 minutes of one GPU;
 #                                       the report is renewed after every run
 #   bash run_all.sh FOLDER|FILE         your own images: a folder, .zip, .tar, .npz or .parquet, or hf:NAME
 #   bash run_all.sh imagenet FOLDER     D2C's own setting on ImageNet's training images (a folder per class);
@@ -15,7 +15,7 @@
 # Sizes come from the environment:
 #   STEPS KEEP PER_CLASS NUM_SAMPLES SEEDS SIZE MODEL PROCESS RUNS NPROC DEVICE
 #   JOBS=n (runs side by side: by default one a GPU; on a CPU one a core, at most 4, where the network is tiny)
-#   REPORT=full (trajectories, four guidances)  TRAJECTORY=n (of n samples a point)  OUT (default runs/NAME)
+#   REPORT=full (eight runs, trajectories, four guidances)  TRAJECTORY=n (of n samples a point)  OUT (default runs/NAME)
 # and so do choices:
 #   JUDGES=n (networks of scratch)  GUIDANCE="1 1.5" (of the first are pictures and audit)
 #   SCORER_STEPS=n (a weak scorer instead of the full run)  SHORT=n (steps of full-short random-short pruned-short)

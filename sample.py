@@ -12,12 +12,12 @@ Writes  OUT/samples.npy    uint8 (n, H, W, C);  OUT/sample_labels.npy int64 (n,)
         OUT/samples.npz    with --npz: arr_0 and arr_1, the form of ADM's evaluator
         OUT/png/           with --png flat: a file for each sample; classes: OUT/png-classes/
         DIR/unet or DIR/pytorch_lora_weights.safetensors with --export DIR, of Stable Diffusion
-        With several --cfg each set is named by its guidance: samples_cfg1.5.npy, grid_cfg1.5.png.
-        They share labels and start noise, so that only the guidance differs.
+        With several --cfg each set is named by its guidance: samples_cfg1.5.npy, grid_cfg1.5.png,
+        png_cfg1.5/. They share labels and start noise, so that only the guidance differs.
 
     python sample.py --checkpoint runs/digits/full/last.pt --num 1000 --sampler heun --steps 12 \\
-        --out runs/digits/full
-    python sample.py --checkpoint runs/digits/full/last.pt --cfg 1 1.25 1.5 2 --out runs/digits/full
+        --out ex/samples
+    python sample.py --checkpoint runs/digits/full/last.pt --cfg 1 1.25 1.5 2 --out ex/guidance
     python sample.py --checkpoint SiT-XL-2-256x256.pt --official sit --cfg 1.5 --sampler sde \\
         --steps 250 --batch-size 32 --out runs/official
 

@@ -734,9 +734,14 @@ def fill_flags(args, data):
             args.preset = "cifar10"
     if args.lora and args.lr is None:
         args.lr = LORA_LR
-    for name, value in PRESETS[args.preset].items():
-        # --model SiT-S/2 --preset mdt: a recipe without masks.
-        if getattr(args, name) is None and (name != "mask_ratio" or knows(args.model, name)):
+    recipe = dict(PRESETS[args.preset])
+    # --model SiT-S/2 --preset mdt: a recipe without masks; --process flow: without Min-SNR.
+    if not knows(args.model or recipe["model"], "mask_ratio"):
+        recipe.pop("mask_ratio", None)
+    if (args.process or recipe["process"]) != "ddpm":
+        recipe.pop("min_snr", None)
+    for name, value in recipe.items():
+        if getattr(args, name) is None:
             setattr(args, name, value)
     if args.mask_ratio is None and knows(args.model, "mask_ratio"):
         args.mask_ratio = PRESETS["mdt"]["mask_ratio"]

@@ -580,6 +580,8 @@ def equal_epochs(t):
         to_full = effect(t, run, FULL, run, "full at its end")
         rivals = [effect(t, run, briefly[0], run, "full data trained as briefly"),
                   effect(t, run, random, run, "random images trained as briefly")]
+        if None in (to_full, *rivals):
+            continue                     # of other judges, or without a seed in common
         verdict = verdict_on_epochs(to_full, rivals)
         times = t[FULL]["steps"][0] / row["steps"][0]
         figures = ", ".join(f"{e.size} against {e.whom}" for e in (to_full, *rivals))

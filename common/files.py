@@ -35,11 +35,8 @@ def atomic(path):
     path = Path(path)
     # Hidden, and with the ending of the file: np.save would add one of its own.
     before, after = f".{path.stem}.", f".tmp{path.suffix}"
-    fd, tmp = tempfile.mkstemp(prefix=before, suffix=after, dir=path.parent)
+    fd, tmp = locked_file(before, after, path.parent)
     try:
-        # A file system without locks is no reason to stop.
-        with contextlib.suppress(OSError):
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield tmp
         with open(tmp, "rb+") as f:
             os.fsync(f.fileno())
@@ -55,6 +52,19 @@ def atomic(path):
             raise OSError(errno.ENOSPC, text, str(path)) from e
         raise
     finally:
+        os.close(fd)
+
+
+def locked_file(before, after, folder):
+    """(descriptor, name) of a new file of this process in `folder`, locked."""
+    while True:
+        fd, name = tempfile.mkstemp(prefix=before, suffix=after, dir=folder)
+        # A file system without locks is no reason to stop.
+        with contextlib.suppress(OSError):
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.exists(name):
+            return fd, name
+        # Another process swept it away before it was locked.
         os.close(fd)
 
 

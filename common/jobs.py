@@ -117,13 +117,16 @@ def places_of(jobs, device, gpus):
     """[the environment of each of the runs that go side by side]: a GPU each, or so many threads.
 
     The number of threads does not depend on which others happen to run: results would round
-    otherwise. One run alone is left as it is, [None].
+    otherwise. RUNS_BESIDE says how many share a device's memory. One run alone is left as it is,
+    [None].
     """
     if jobs == 1:
         return [None]
     if gpus and device in ("auto", "cuda"):
         seen = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
         names = seen.split(",")
-        return [{"CUDA_VISIBLE_DEVICES": names[k % len(names)]} for k in range(jobs)]
+        beside = str(-(-jobs // len(names)))
+        return [{"CUDA_VISIBLE_DEVICES": names[k % len(names)], "RUNS_BESIDE": beside}
+                for k in range(jobs)]
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores() // jobs))
-    return [{"OMP_NUM_THREADS": threads} for _ in range(jobs)]
+    return [{"OMP_NUM_THREADS": threads, "RUNS_BESIDE": str(jobs)} for _ in range(jobs)]

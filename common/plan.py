@@ -99,7 +99,8 @@ def choices_of(what, env):
         defaults.update(OF_SD)
         defaults["VAE"] = str(Path(env.get("SD") or "SD", "vae"))
     if env.get("REPORT") == "full" and not what.startswith("imagenet"):
-        defaults.update(GUIDANCE="1 1.25 1.5 2", RUNS=ALL_RUNS)
+        # With the other way to use the weights.
+        defaults.update(GUIDANCE="1 1.25 1.5 2", RUNS=f"{ALL_RUNS} pruned-dro-resample")
     c = SimpleNamespace()
     for name, value in defaults.items():
         given = env.get(name)
@@ -115,7 +116,6 @@ def choices_of(what, env):
     c.QUICK = quick
     c.TRAIN = f"{ours} {c.TRAIN}" if c.TRAIN else ours
     if c.REPORT == "full":
-        c.RUNS += " pruned-dro-resample"                   # the other way to use the weights
         c.TRAJECTORY = c.TRAJECTORY or "all"
     return c
 
@@ -157,6 +157,9 @@ def check_choices(what, c):
         need(c.SCORER, "imagenet needs SCORER=DiT-XL-2-256x256.pt, the diffusion model that scores")
         need(c.REFERENCE, "imagenet needs REFERENCE=VIRTUAL_imagenet256_labeled.npz, the statistics"
                           " that the judge compares with")
+        other = set(c.RUNS.split()) - {"random", *D2C_RUNS}
+        need(not other, f"RUNS=\"{c.RUNS}\": imagenet has D2C's runs and random; "
+                        f"{' '.join(sorted(other))}: see imagenet-pruning")
     if what == "imagenet-pruning":
         need(c.MODEL == "sd" or c.MODEL.startswith("MDT-"),
              f"MODEL={c.MODEL}: imagenet-pruning is for MDT-S/2 or another MDT, or sd")
@@ -338,9 +341,9 @@ class Comparison:
         if c.QUICK:
             self.judge(list(self.runs), so_far=place)
         elif self.apart:
-            # The first run's samples are the baseline of the others' audit.
-            runs = list(dict.fromkeys([self.runs[0], place]))
-            self.measure(runs, encoder=c.JUDGE.split(), run=place)
+            # The full run's samples are the baseline of the others' audit.
+            full = [run for run in self.runs if Path(run).name == "full"]
+            self.measure(list(dict.fromkeys([*full, place])), encoder=c.JUDGE.split(), run=place)
 
     def measure(self, runs, **more):
         c = self.c

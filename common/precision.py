@@ -49,7 +49,7 @@ def settle_amp(args, device, inherited=False):
     """Puts a precision in the place of args.amp = auto. Returns the flags that it left open.
 
     inherited: args.amp is a checkpoint's, and counts where this hardware computes it. What is left
-    open may differ on a resume, on other hardware; a precision that the user named may not.
+    open may differ on a resume, on other hardware; a precision that this call names may not.
     """
     asked = args.amp
     if asked != "auto" and not inherited:

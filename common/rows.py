@@ -94,14 +94,16 @@ def device_budget(device, net, moments=2):
     """Bytes that data may take: of a GPU's memory 60 % of what training will leave, of a CPU's 25.
 
     net: the network, on the device already, whose gradients and moments are not there yet. The rest
-    is for activations. The processes of one machine share a CPU's memory.
+    is for activations. The processes of one machine share a CPU's memory, and runs side by side
+    (common/jobs.py) what they run on.
     """
+    runs = int(os.environ.get("RUNS_BESIDE", 1))
     if device.type == "cuda":
         trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
         to_come = 4 * trained * (1 + moments)        # float32
-        return max(0.0, 0.6 * (torch.cuda.mem_get_info(device)[0] - to_come))
+        return max(0.0, 0.6 * (torch.cuda.mem_get_info(device)[0] / runs - to_come))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return 0.25 * memory / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return 0.25 * memory / runs / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def as_input(x, latent_scale, post, mirrored=None):

@@ -37,6 +37,7 @@ class Run:
         self.batch = args.batch_size
         self.steps = args.steps
         self.step = 0
+        self.first = 0                               # where this call began
         self.before = 0.0                            # seconds of earlier calls
         self.bad = BadSteps(device)
         self.begun = time.time()
@@ -57,7 +58,6 @@ class Run:
         """The loop begins, with a progress bar: what came before was no training."""
         self.bar = progress(total=self.steps, initial=self.step, desc=str(self.out))
         self.begun = time.time()
-        self.first = self.step                       # where this call began
         self.said = False
 
     def resume(self, path):
@@ -73,6 +73,7 @@ class Run:
             elif part is not None:
                 part.load_state_dict(state[name])
         self.step = state["step"]
+        self.first = self.step
         self.before = state["seconds"]
         # Bad steps in a row are counted anew: a checkpoint is only written where they are few.
         self.bad = BadSteps(self.bad.counts.device, state.get("skipped", 0))

@@ -162,7 +162,7 @@ class Runner:
         return out.removeprefix(f"{self.comparison.out}/")
 
     def begin(self, command, place):
-        """Start one command of the comparison. False where there is nothing left to do."""
+        """Start one command of the comparison."""
         comparison = self.comparison
         script = command.script
         flags = list(command.flags)
@@ -171,9 +171,6 @@ class Runner:
         if script == "sample.py" and any(newer(f"{run}/last.pt", file) for file in drawn):
             flags.append("--overwrite")      # trained on since they were drawn
         so_far = is_so_far(command)
-        measured = drawn and all(newer(f"{run}/metrics.json", file) for file in drawn)
-        if so_far and measured and script == "evaluate.py":
-            return False
         torchrun = []
         alone = script == "report.py" or (script == "data.py" and "--vae" not in flags)
         if comparison.c.NPROC != "1" and not alone:
@@ -187,7 +184,6 @@ class Runner:
             variables = None                 # nothing is left to go beside it: it has all cores
         quiet = subprocess.DEVNULL if renewed else None
         self.start([*torchrun, script, *flags], command, place, variables, quiet)
-        return True
 
     def run(self, gpus):
         comparison = self.comparison
@@ -245,10 +241,7 @@ class Runner:
                 todo = []                    # the trajectory and its report are the last
                 continue
             todo.remove(j)
-            if self.begin(commands[j], free[0]):
-                free.pop(0)
-            else:
-                done.add(j)
+            self.begin(commands[j], free.pop(0))
 
 
 def pass_on(stream, name):
@@ -291,13 +284,20 @@ def tell_time(comparison, jobs):
     """Waits for the first log line of any training, then says how long all of them will take."""
     while not any(last_row(run) for run in comparison.runs):
         time.sleep(1)
-    rows = [last_row(run) for run in comparison.runs]
-    pace = [row["seconds"] / row["step"] for row in rows if row]
-    steps = integer(comparison.c.STEPS, 0)
-    left = sum(steps - min(steps, row["step"] if row else 0) for row in rows)
+    # Of every training the steps that are left, and its pace where it has begun.
+    left = 0
+    pace = []
+    for command in comparison.commands:
+        if command.script != "train.py":
+            continue
+        row = last_row(command.run)
+        steps = integer(command.flags[command.flags.index("--steps") + 1], 0)
+        left += max(0, steps - (row["step"] if row else 0))
+        if row:
+            pace.append(row["seconds"] / row["step"])
     if left:
         free = shutil.disk_usage(comparison.out).free / 1e9
-        minutes = pace[-1] * left / min(jobs, len(rows)) / 60
+        minutes = sum(pace) / len(pace) * left / min(jobs, len(comparison.runs)) / 60
         print(f"\nall trainings together: about {minutes:,.0f} more minutes at the "
               "pace of the first steps, sampling and judging not counted; "
               f"{free:,.0f} GB of disk are free", flush=True)

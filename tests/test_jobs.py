@@ -119,11 +119,23 @@ def test_where_each_of_them_runs(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(jobs, "cores", lambda: 8)
     assert jobs.places_of(1, "auto", 4) == [None]
-    assert jobs.places_of(3, "auto", 2) == [{"CUDA_VISIBLE_DEVICES": k} for k in "010"]
-    assert jobs.places_of(2, "cpu", 2) == [{"OMP_NUM_THREADS": "4"}] * 2 and jobs.places_of(16, "auto", 0) == [{"OMP_NUM_THREADS": "1"}] * 16
+    # How many share a card, or the cores' memory, goes with it.
+    assert jobs.places_of(3, "auto", 2) == [{"CUDA_VISIBLE_DEVICES": k, "RUNS_BESIDE": "2"} for k in "010"]
+    assert jobs.places_of(2, "cpu", 2) == [{"OMP_NUM_THREADS": "4", "RUNS_BESIDE": "2"}] * 2
+    assert jobs.places_of(16, "auto", 0) == [{"OMP_NUM_THREADS": "1", "RUNS_BESIDE": "16"}] * 16
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-6")
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert jobs.places_of(2, "cuda", 2) == [{"CUDA_VISIBLE_DEVICES": "4"}, {"CUDA_VISIBLE_DEVICES": "GPU-6"}] and jobs.places_of(2, "cpu", 2)[0] == {"OMP_NUM_THREADS": "3"}
+    assert [place["CUDA_VISIBLE_DEVICES"] for place in jobs.places_of(2, "cuda", 2)] == ["4", "GPU-6"]
+    assert jobs.places_of(2, "cpu", 2)[0] == {"OMP_NUM_THREADS": "3", "RUNS_BESIDE": "2"}
+
+
+def test_runs_side_by_side_share_the_memory(monkeypatch):
+    """A quarter of it is for the data of all of them together, however many."""
+    from common.rows import device_budget
+    monkeypatch.delenv("RUNS_BESIDE", raising=False)
+    alone = device_budget(torch.device("cpu"), None)
+    monkeypatch.setenv("RUNS_BESIDE", "4")
+    assert device_budget(torch.device("cpu"), None) == alone / 4
 
 
 # ---------------------------------------------------------------------------------------------- with stages that do nothing

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 
 from models import metrics as M
@@ -89,6 +90,21 @@ def test_frechet_refuses():
         M.gaussian_stats(np.full((5, 3), np.inf))
     with pytest.raises(ValueError, match="at least 2"):
         M.gaussian_stats(np.zeros((1, 3)))
+
+
+def test_more_samples_of_a_class_are_judged_alone():
+    """With twice the n of the real images, fd_all: the distance of all samples, by the mean and covariance of each class."""
+    rng = np.random.default_rng(3)
+    y, yr = np.repeat([0, 1], 90), np.repeat([0, 1], 40)
+    x, ref = rng.normal(size=(180, 4)) + y[:, None], rng.normal(size=(80, 4)) + yr[:, None]
+    r = M.per_class_frechet(x, y, ref, yr, 2)
+    assert r["n"] == 40 and r["n_all"] == 90
+    for c in range(2):
+        a, b = x[y == c], ref[yr == c]
+        root = scipy.linalg.sqrtm(np.cov(a.T) @ np.cov(b.T)).real
+        want = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(np.cov(a.T) + np.cov(b.T) - 2 * root)
+        assert r["fd_all"][c] == pytest.approx(want, rel=1e-5)
+    assert "fd_all" not in M.per_class_frechet(x[::2], y[::2], ref, yr, 2)
 
 
 def test_per_class_frechet():

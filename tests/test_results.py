@@ -25,7 +25,7 @@ def made(tables, tmp_path, monkeypatch):
     """A report of three runs, two seeds and three judges, added as `small`; the figures of its FD are returned."""
     rng = np.random.default_rng(0)
     fds = {name: rng.uniform(1, 2, (2, 3)) for name in ("full", "random", "pruned")}
-    rows = {name: {"seed": [0, 1], "kept": [150, 150], "steps": [8, 8], "epochs": [1, 1], "n": [60, 60], "worst_n": [400, 400], "memo": [0.5, None], "memo_alike": [None, None], "seconds": [1.0, 2.0],
+    rows = {name: {"seed": [0, 1], "kept": [150, 150], "steps": [8, 8], "epochs": [1, 1], "n": [60, 60], "worst_three_n": [400, 400], "memo": [0.5, None], "memo_alike": [None, None], "seconds": [1.0, 2.0],
                    "judged": {"fd": fd.tolist(), "best_fd": (fd / 2).tolist(), "worst_three": (3 * fd).tolist()}, "best_guidance": [1.0, 1.5], "by_guidance": {"1": fd.tolist()}} for name, fd in fds.items()}
     monkeypatch.setattr(tables, "HERE", tmp_path)
     (tmp_path / "report.json").write_text(json.dumps({"judge": "scratch", "rows": rows}))
@@ -55,6 +55,9 @@ def test_the_gate_opens_where_there_is_twice_as_much_to_gain(tables):
     gap = [[0.5], [0.52], [0.48]]
     assert "**open**" in tables.gate(setting(gap, [[1.0], [1.01], [0.99]]))[4]
     assert "**open**" not in tables.gate(setting(gap, [[1.0], [0.6], [0.5]]))[4]
+    briefly = setting(gap, [[1.0], [1.01], [0.99]])
+    briefly["a"]["rows"]["random-short"] = briefly["a"]["rows"]["random"]
+    assert not any("random-short" in line for line in tables.gate(briefly))              # of fewer steps
     assert "**open**" not in tables.gate(setting([[1.0], [1.01], [0.99]], gap))[4]       # worse than random: nothing to gain
 
 

@@ -134,6 +134,27 @@ def test_guidances_judges_and_a_weak_scorer():
     assert not any("--bootstrap" in c for c in commands_of("digits", REPORT="full"))
 
 
+def test_what_somebody_asked_for_is_not_added_to(monkeypatch):
+    """REPORT=full chooses runs where nobody did; a run that a comparison has not is refused, not left out."""
+    assert plan.choices_of("digits", {"REPORT": "full"}).RUNS.split() == [*plan.ALL_RUNS.split(), "pruned-dro-resample"]
+    assert plan.choices_of("digits", {"REPORT": "full", "RUNS": "full random"}).RUNS == "full random"
+    files = {"SCORER": str(ROOT / "run_all.sh"), "REFERENCE": str(ROOT / "run_all.sh")}
+    with pytest.raises(common.UserError, match="pruned pruned-dro: see imagenet-pruning"):
+        checked("imagenet", "models", RUNS="random pruned pruned-dro", **files)
+
+
+def test_side_by_side_stable_diffusion_as_it_is_is_nobody_s_full_run():
+    """The audit's baseline is the full run, in the calls beside the trainings as in the last."""
+    c = plan.choices_of("imagenet-pruning", {"MODEL": "sd", "SD": "models", "JUDGE": "inception", "SURROGATE": "inception"})
+    made = plan.Comparison("imagenet-pruning", "photos", c, apart=True)
+    beside = [command.flags for command in made.commands if command.script == "evaluate.py" and command.run]
+    for flags, run in zip(beside, made.runs):
+        at = flags.index("--runs")
+        named = flags[at + 1:flags.index("--encoder")]
+        full = f"{made.out}/full"
+        assert named == ([run] if run in (f"{made.out}/base", full) else [full, run])
+
+
 def test_short_and_permuted_runs():
     got = commands_of("cifar10", KEEP="0.1 0.4", RUNS="full random pruned full-short random-short pruned-short pruned-dro-permuted")
     trained = {c.split("--out ")[1].split("/")[-1]: c for c in got if c.startswith("train.py")}

@@ -23,21 +23,17 @@ from common import answers  # noqa: E402
 # What a table compares: the key of the figures, and its heading.
 COMPARED = {"fd": "FD, guidance 1", "best_fd": "FD, best guidance", "area": "early FD",
             "worst_three": "worst three classes"}
-KEPT = ("seed", "kept", "steps", "epochs", "n", "worst_n", "memo", "memo_alike", "best_guidance",
-        "judged", "by_guidance")
-WORST_N = 400                # samples a class, from which on the FD of single classes is shown
+KEPT = ("seed", "kept", "steps", "epochs", "n", "worst_three_n", "memo", "memo_alike",
+        "best_guidance", "judged", "by_guidance")
+WORST_N = 400            # samples a class, from which on the FD of the worst classes is shown
 
 
 # ------------------------------------------------------------------------------------ one setting
-def add(name, files, title, command, rivals):
-    """Write NAME.json: the rows of one or more reports of one setting, rounded."""
-    rows = {}
-    for file in files:
-        made = json.loads(Path(file).read_text(encoding="utf-8"))
-        for run, row in made["rows"].items():
-            if run in rows and rows[run]["judged"]["fd"] != rounded(row["judged"]["fd"]):
-                raise SystemExit(f"{file}: {run} is also in another of the reports, and differs")
-            rows[run] = rounded({key: row[key] for key in KEPT if key in row})
+def add(name, file, title, command, rivals):
+    """Write NAME.json: the rows of a report, rounded."""
+    made = json.loads(Path(file).read_text(encoding="utf-8"))
+    rows = {run: rounded({key: row[key] for key in KEPT if key in row})
+            for run, row in made["rows"].items()}
     text = json.dumps({"title": title, "command": command, "judge": made["judge"],
                        "rivals": dict(pair.split(":") for pair in rivals), "rows": rows})
     (HERE / f"{name}.json").write_text(text.replace('}, "', '},\n"') + "\n", encoding="utf-8")
@@ -53,15 +49,15 @@ def rounded(value):
 
 
 def rival_of(run, setting):
-    """The random row of as many images: the one that was named, else `random`; None for itself."""
-    rival = setting["rivals"].get(run, "random")
-    return None if rival == run or rival not in setting["rows"] else rival
+    """Whom a run is compared with: the one that was named, else random images; None for itself.
 
-
-def headroom(rows, rival, key):
-    """How much lower the full run is, a share of the rival; None where it was not measured."""
-    found = answers.measured_effect(rows["full"], rows[rival], key) if "full" in rows else None
-    return None if found is None else -found[0]
+    The full run is compared with the first random row, which is what there is to gain.
+    """
+    rows = setting["rows"]
+    found = setting["rivals"].get(run) or answers.rival_of(rows, run)
+    if run == answers.FULL and found is None:
+        found = next((name for name in rows if answers.family(name) in answers.RANDOM), None)
+    return None if found == run else found
 
 
 def compared(rows, run, rival, key):
@@ -70,11 +66,10 @@ def compared(rows, run, rival, key):
     if found is None:
         return "-"
     change, half, seeds, judges = found
-    most = None if run == "full" else headroom(rows, rival, key)
+    most = None if run == answers.FULL else answers.headroom(rows, rival, key)
     e = answers.Effect(run, rival, key, "", change, half, seeds, judges, most)
-    said = {"lower": "**better**", "higher": "worse", "undetected": "not detectable",
-            "unanswerable": "cannot be answered here"}.get(e.outcome, e.outcome)
-    return f"{e.size}, {said}"
+    said = answers.OUTCOMES[e.outcome].removesuffix(" in this setting")
+    return f"{e.size}, {'**better**' if e.outcome == 'lower' else said}"
 
 
 # ------------------------------------------------------------------------------------- the tables
@@ -104,20 +99,21 @@ def figures_of(run, row):
     figures = {**cells, "best guidance": best, "of the images": by_seed.get("fd_subset", []),
                "early FD": by_seed.get("area", []), "recall": by_seed.get("recall", []),
                "copied": row.get("memo", [])}
-    if shows_classes(row):
-        figures["worst three classes"] = by_seed["worst_three"]
+    figures["worst three classes"] = by_seed["worst_three"] if shows_classes(row) else []
     return {name: value if isinstance(value, str) else answers.cell(list(value), "{:.2f}")
             for name, value in figures.items()}
 
 
 def shows_classes(row):
     """Whether enough samples of every class were judged alone."""
-    return "worst_three" in row["judged"] and (row["worst_n"][0] or 0) >= WORST_N
+    counts = row.get("worst_three_n", [None])
+    return "worst_three" in row["judged"] and (counts[0] or 0) >= WORST_N
 
 
 def differences(rows, run, rival):
-    return {heading: compared(rows, run, rival, key) for key, heading in COMPARED.items()
-            if key != "worst_three" or shows_classes(rows[run])}
+    return {heading: compared(rows, run, rival, key)
+            if key != "worst_three" or shows_classes(rows[run]) else "-"
+            for key, heading in COMPARED.items()}
 
 
 def table(rows):
@@ -133,7 +129,7 @@ def gate(settings):
     for name, setting in settings.items():
         made = setting["rows"]
         for run in made:
-            if "full" not in made or not run.startswith("random") or "attach" in run:
+            if answers.FULL not in made or answers.family(run) not in answers.RANDOM:
                 continue
             cells = {"setting": name, "run": run, "images": f"{made[run]['kept'][0]:,}"}
             for key, heading in list(COMPARED.items())[:3]:
@@ -152,14 +148,14 @@ def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("names", nargs="*", help="settings to print; default: all, and the power gate")
-    p.add_argument("--add", nargs="+", metavar="WORD", help="NAME REPORT.json ...: keep a setting")
+    p.add_argument("--add", nargs=2, metavar=("NAME", "REPORT.json"), help="keep a setting")
     p.add_argument("--title", default="", help="with --add: heading of its table")
     p.add_argument("--command", default="", help="with --add: the command that makes it")
     p.add_argument("--rivals", nargs="*", default=[], metavar="RUN:RANDOM",
                    help="with --add: the random row of runs that keep another number of images")
     args = p.parse_args(argv)
     if args.add:
-        return add(args.add[0], args.add[1:], args.title, args.command, args.rivals)
+        return add(*args.add, args.title, args.command, args.rivals)
     files = sorted(HERE.glob("*.json"))
     settings = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
     unknown = set(args.names) - set(settings)
