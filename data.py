@@ -632,9 +632,9 @@ def parse_args(argv=None):
                    help="largest image that is opened, against decompression bombs")
     p.add_argument("--root", type=Path, default=cache,
                    help="cifar10 only: holds cifar-10-batches-py, or gets the download")
-    p.add_argument("--indices", type=Path, help="keep.npy of prune.py or attach.py: export these "
-                                                "training images; a held-out split goes along, but not "
-                                                "with --as-folder")
+    p.add_argument("--indices", type=Path,
+                   help="keep.npy of prune.py or attach.py: export these training images; a "
+                        "held-out split goes along, but not with --as-folder")
     p.add_argument("--vae", help="also encode to latents: stabilityai/sd-vae-ft-ema, another "
                                  "AutoencoderKL of diffusers, or its folder")
     p.add_argument("--latents-only", action="store_true", help="with --vae: store no pixels")

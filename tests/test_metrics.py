@@ -154,6 +154,15 @@ def test_mmd_equals_loops_and_sklearn():
     assert M.mmd2_unbiased(torch.tensor(x), torch.tensor(y)) == pytest.approx(off(x) + off(y) - 2 * K(x, y).mean(), rel=1e-10)
 
 
+@pytest.mark.parametrize("n, k, m", [(60, 90, 40), (60, 60, 60), (50, 50, 2)])
+def test_kid_from_one_kernel_is_kid_of_each_subset(n, k, m):
+    rng = np.random.default_rng(5)
+    x, y = rng.normal(size=(n, 7)), rng.normal(size=(k, 7)) + 0.3
+    rows = [[rng.choice(len(a), m, replace=False) for _ in range(6)] for a in (x, y)]
+    each = [M.mmd2_unbiased(x[a], y[b]) for a, b in zip(*rows)]
+    assert M.mmd2_of_subsets(x, y, *rows) == pytest.approx(each, rel=1e-9, abs=1e-12)
+
+
 def test_kid():
     x, y, z = data(400, 6, 1), data(300, 6, 1), data(400, 6, 1, 1.5)
     mean, se, size = M.kid(x, z, subsets=50, subset_size=1000)
