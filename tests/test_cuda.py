@@ -133,7 +133,7 @@ def test_adan_waits_once_a_step(data, quiet, tmp_path, monkeypatch):
 @pytest.mark.parametrize("free", [1e12, 1])
 def test_the_proxy_of_reweight_waits_at_log_lines_only(free, data, tmp_path, monkeypatch):
     ref = checkpoint(tmp_path, data)
-    monkeypatch.setattr(reweight, "weigh", lambda args, inputs, record, out: {"shape": list(record.shape)})
+    monkeypatch.setattr(reweight, "weigh", lambda args, inputs, record, run, out: {"shape": list(record.shape)})
     with fake_gpu(monkeypatch, free=free) as seen:
         reweight.main(["--data", str(data), "--reference", str(ref), "--burn-in", "1", "--log-every", str(LOG_EVERY), "--out", str(tmp_path / "w"), "--device", "cuda"])
     assert seen.in_steps() == {} and len([key for key in seen.waits if key[0] == "log"]) >= 4
