@@ -653,7 +653,7 @@ def answers(asked):
     """asked: {question: [sentence]}."""
     lines = ["## The five questions", ""]
     for k, (question, said) in enumerate(asked.items(), 1):
-        nothing = "" if said else " The runs that would answer it are not here."
+        nothing = "" if said else " The runs that would answer it are not here (RUNS, REPORT=full)."
         lines += [f"{k}. **{question}**{nothing}", *(f"   - {answer}." for answer in said), ""]
     return lines
 

@@ -520,7 +520,7 @@ def test_one_seed_without_trajectories(tmp_path):
     text = (tmp_path / "r" / "report.md").read_text()
     assert "one seed, so no claim" in text and "better:" not in text and "worse:" not in text and "speed-up" not in text and "not reached" not in text
     assert Image.open(tmp_path / "r" / "frontier.png").width > 500
-    assert "The runs that would answer it are not here." in text
+    assert "The runs that would answer it are not here (RUNS, REPORT=full)." in text
 
 
 def test_runs_without_audit_classes_or_full_run(tmp_path):
