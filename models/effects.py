@@ -29,6 +29,7 @@ def two_way_interval(x, level=0.95):
     x_sj = mu + seed_s + judge_j + rest_sj, every term of a variance of its own. The variance of the
     mean is (MS_seeds + MS_judges - MS_rest) / (S J) by the mean squares of the two-way analysis of
     variance, at least the largest of the three; its degrees of freedom are Satterthwaite's (1946).
+    So it is too wide rather than too narrow: where neither seeds nor judges vary, twice as wide.
     One judge leaves Student's interval over the seeds.
     """
     from scipy.stats import t as student
