@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole comparison, from a data set to the report. To resume it, run the same command again: what is done stays.
 #
-#   bash run_all.sh                     digits: four runs of three seeds; embedded, minutes on a CPU
+#   bash run_all.sh                     digits: three runs of five seeds; embedded, minutes on a CPU
 #   bash run_all.sh cifar10             CIFAR-10 (ROOT=folder where it already lies), one GPU, an evening
 #   QUICK=1 bash run_all.sh cifar10     full, random, Gaussian at 10 % and D2C, short: 25 minutes of one GPU;
 #                                       the report is renewed after every run

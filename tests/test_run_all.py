@@ -259,7 +259,7 @@ def test_quick_digits_is_no_longer_than_digits(stub):
     for quick in ("1", "0"):
         (stub[0] / "calls.txt").unlink(missing_ok=True)
         got = calls(stub, QUICK=quick, OUT=f"runs/{quick}")
-        random = ["random", "random-attach"] if quick == "1" else ["random", "random-seed1", "random-seed2"]                                                 # no model twice
+        random = ["random", "random-attach"] if quick == "1" else ["random", *(f"random-seed{k}" for k in (1, 2, 3, 4))]                                                 # no model twice
         assert [flag(c, "--out") for c in got if c.startswith("train.py") and "random" in c] == [f"runs/{quick}/{run}" for run in random]
         assert all("--steps 800 " in c and "--warmup" not in c for c in got if c.startswith("train.py")) and all("--num 1000 " in c for c in got if c.startswith("sample.py"))
         assert sum(c.startswith("report.py") for c in got) == (6 if quick == "1" else 1)
