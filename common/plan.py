@@ -145,6 +145,9 @@ def check_choices(what, c):
         need(not path or Path(path).exists(), f"{name}={path}: no such file")
     need(not c.SIZE or what not in ("digits", "imagenet", "imagenet-pruning"),
          f"SIZE={c.SIZE} does nothing with {what}; leave it out")
+    if c.SCORE not in (DEFAULTS["SCORE"], OF_DATA[what].get("SCORE")):
+        need("pruned" in c.RUNS, f"SCORE={c.SCORE} does nothing without a run that prunes; add "
+                                 f"RUNS=\"{c.RUNS} pruned\"")
     judges = c.JUDGE.split()
     if "ddae" in judges:
         need(c.JUDGE_WEIGHTS, f"JUDGE={c.JUDGE}: ddae needs JUDGE_WEIGHTS=CHECKPOINT, a model that "

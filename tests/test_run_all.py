@@ -63,7 +63,8 @@ def checked(what, source, **env):
         ("SEEDS", "train.py: argument --seed", "a -1"), ("REPORT", "", "ful"), ("TRAJECTORY", "evaluate.py: argument --trajectory-num", "0 every"),
         ("PROCESS", "train.py: argument --process: invalid choice", "sde"), ("QUICK", "", "yes")) for value in values.split()),
     ({"STEPS": "0"}, [], "STEPS=0: must be"), ({"JOBS": "2", "NPROC": "2"}, [], "use one of both"), ({"SEEDS": "00"}, [], "SEEDS=00: must be"), ({"SIZE": "8x8"}, ["cifar10", "cifar10"], "data.py: argument --size: 8x8"),
-    ({"SCORE": "gaussian gausian"}, [], "gausian"), ({"SURROGATE": "incepton"}, [], "incepton"), ({"VISUAL": "dino"}, [], "dino"), ({"VISUAL": "inception"}, [], "inception"),
+    ({"SCORE": "gaussian gausian", "RUNS": "full random pruned"}, [], "gausian"),
+    ({"SCORE": "moderate"}, [], "SCORE=moderate does nothing without a run that prunes"), ({"SURROGATE": "incepton", "RUNS": "full pruned"}, [], "incepton"), ({"VISUAL": "dino"}, [], "dino"), ({"VISUAL": "inception"}, [], "inception"),
     ({"JUDGE": "fid"}, [], "fid"), ({"SIZE": "16"}, [], "SIZE=16 does nothing with digits"),
     ({"JUDGE": "ddae scratch"}, [], "ddae needs JUDGE_WEIGHTS"), ({"TRAIN": '--lr "1'}, [], "TRAIN: not a readable list of flags"),
     ({"JUDGE": "scratch ddae", "JUDGE_WEIGHTS": "run_all.sh"}, [], "name ddae first")])
@@ -98,7 +99,7 @@ def test_good_choices_pass_the_scripts_own_parsers(what, env):
 def test_imagenet_s_networks_are_taken_where_their_packages_are_and_the_pictures_fit(what, side, there, outside, monkeypatch):
     find = plan.importlib.util.find_spec
     monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: there if name in plan.PACKAGES else find(name))
-    c = plan.choices_of(what, {"SIZE": side})
+    c = plan.choices_of(what, {"SIZE": side, "RUNS": plan.ALL_RUNS})
     made = plan.Comparison(what, "/no/photos" if what == "folder" else what, c)
     want = plan.OUTSIDE if outside else plan.OWN
     assert {name: getattr(c, name) for name in want} == want
