@@ -940,10 +940,10 @@ def step_of(file):
 
 
 # ---------------------------------------------------------------------- what is measured already
-def settings(run, judged_by, args, inputs):
+def settings(run, key, args, inputs):
     """What a run's figures under an encoder depend on, beside its samples.
 
-    When any of it has changed they are measured again.
+    When any of it has changed they are measured again. key: that of the weights, judged_by().
     """
     info = inputs.data.info
     # Only a model of a subset is compared with the full model's samples.
@@ -953,7 +953,7 @@ def settings(run, judged_by, args, inputs):
         baseline = inputs.full.sha256
     return {"num": len(run.images), "seed": args.seed, "bootstrap": args.bootstrap,
             "audit": args.audit_samples if audited else 0, "data": info["sha256"],
-            "heldout": info.get("sha256_test"), "weights": judged_by, "halves": run.guided,
+            "heldout": info.get("sha256_test"), "weights": key, "halves": run.guided,
             "reference_stats": digest_of(args.reference_stats),
             "reference_max": args.reference_max, "labels": array_hash(run.labels),
             "kept": array_hash(run.keep), "baseline": baseline}

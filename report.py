@@ -403,6 +403,11 @@ def judged_figures(run, judge, share):
     return out
 
 
+def rows_at(cfg, seeds, judge):
+    """[row of metrics.json at this guidance] of each run, None where it was not measured."""
+    return [run.guided.get(cfg, {}).get("encoders", {}).get(judge) for run in seeds]
+
+
 def by_guidance(seeds, judge):
     """{guidance, as text: FD [[one value per judge] per seed]} of all samples.
 
@@ -410,7 +415,7 @@ def by_guidance(seeds, judge):
     """
     figures = {}
     for cfg in seeds[0].guided:
-        rows = [run.guided.get(cfg, {}).get("encoders", {}).get(judge) for run in seeds]
+        rows = rows_at(cfg, seeds, judge)
         if None not in rows:
             text = "unknown" if cfg is None else f"{cfg:g}"
             figures[text] = [[one["fd"] for one in judges_in(e)] for e in rows]
@@ -426,7 +431,7 @@ def add_best_guidance(seeds, row, judge):
     settings = list(seeds[0].guided)
     halves = []                                            # [guidance][seed][judge][half]
     for cfg in settings:
-        rows = [run.guided.get(cfg, {}).get("encoders", {}).get(judge) for run in seeds]
+        rows = rows_at(cfg, seeds, judge)
         if None in rows or any("fd_halves" not in one for e in rows for one in judges_in(e)):
             return
         halves.append([[one["fd_halves"] for one in judges_in(e)] for e in rows])

@@ -276,10 +276,7 @@ def open_encoder(name, data, device, weights=None, tokens=False, judge=0):
     from models import encoders
     with user_errors():
         if name == "scratch" and not weights:
-            weights = data.folder / "scratch.pt"
-            if rank() == 0 and not weights.exists():
-                make_scratch(weights, data, device)
-            barrier(patient=True)
+            weights = own_scratch(data, device)
         try:
             encoder = encoders.load(name, device, weights=weights, images=data.images, judge=judge)
             if tokens:
@@ -308,12 +305,19 @@ def open_judges(name, data, device, weights=None, count=1):
     # The first is tried before others are trained to stand beside it.
     judges = [open_encoder(name, data, device, weights)]
     if not weights:
-        weights = data.folder / "scratch.pt"
-        if rank() == 0:
-            with user_errors():
-                make_scratch(weights, data, device, count)
-        barrier(patient=True)
+        with user_errors():
+            weights = own_scratch(data, device, count)
     return judges + [open_encoder(name, data, device, weights, judge=k) for k in range(1, count)]
+
+
+def own_scratch(data, device, count=1):
+    """DATA/scratch.pt with at least `count` networks, trained by rank 0 where missing."""
+    path = data.folder / "scratch.pt"
+    # One network is in every such file: it need not be read for that.
+    if rank() == 0 and (count > 1 or not path.exists()):
+        make_scratch(path, data, device, count)
+    barrier(patient=True)
+    return path
 
 
 def networks_in(path):

@@ -235,8 +235,9 @@ class Runner:
                     print(f"report so far: {self.comparison.out}/report/report.md", flush=True)
                 continue
             j = ready[0]
-            missing = without_checkpoints(self.comparison.runs)
-            if "--trajectory" in commands[j].flags and missing:
+            follows = "--trajectory" in commands[j].flags
+            missing = without_checkpoints(self.comparison.runs) if follows else None
+            if missing:
                 print(f"no trajectory: {missing} has no step_*.pt (TRAIN=\"--checkpoint-every N\")")
                 todo = []                    # the trajectory and its report are the last
                 continue

@@ -201,8 +201,8 @@ class Stage:
         standing = all((self.out / name).exists() for name in self.outputs)
         done = old["seconds"] is not None and standing and self.ready()
         if changed and not done:
-            log(f"note: {self.out} was begun with {', '.join(changed)}: it goes on in another "
-                "precision, and not as it would have gone where it began")
+            log(f"note: {self.out} was begun with {', '.join(changed)}: it goes on otherwise than "
+                "it would have gone where it began")
         return done, True, old.get("spent", 0.0)
 
     def begin(self):

@@ -72,7 +72,7 @@ def same_state(a, b):
     return [k for k in ("model", "ema", "projector", "optimizer", "scaler", "step", "images_seen", "skipped") if not equal(a[k], b[k])] == []
 
 
-def interrupted(monkeypatch, step, *a, **kw):
+def interrupted(step, *a, **kw):
     with crash_at(step):
         run(*a, **kw)
 
@@ -96,7 +96,7 @@ def test_resume_is_bit_equal_to_a_straight_run(flags, tiny_data, tmp_path, monke
     flags = {"steps": 9, "log_every": 4, "checkpoint_every": 3, **flags}
     straight = run(tiny_data, tmp_path / "a", **flags)
     inputs, seen[:] = list(seen), []
-    interrupted(monkeypatch, 5, tiny_data, tmp_path / "b", **flags)       # between two checkpoints and two log lines
+    interrupted(5, tiny_data, tmp_path / "b", **flags)       # between two checkpoints and two log lines
     n = len(seen)
     assert common.load_pt(tmp_path / "b/last.pt")["step"] == 3
     with open(tmp_path / "b/stats.jsonl", "a") as f:
@@ -585,7 +585,7 @@ def test_alignment_trains_resumes_and_lambda_0_is_no_alignment(tiny_data, tmp_pa
     assert same_state(off, without) and stats(tmp_path / "a") == stats(tmp_path / "b") and off["projector"] is None
     on = run(tiny_data, tmp_path / "c", attach=attach, steps=6)
     assert not equal(on["model"], off["model"]) and "align" not in stats(tmp_path / "a")[-1]
-    interrupted(monkeypatch, 5, tiny_data, tmp_path / "d", attach=attach, steps=6)
+    interrupted(5, tiny_data, tmp_path / "d", attach=attach, steps=6)
     assert same_state(on, run(tiny_data, tmp_path / "d", attach=attach, steps=6))
     long = run(tiny_data, tmp_path / "e", attach=attach, steps=40, lr=3e-3, log_every=10, checkpoint_every=0)
     assert stats(tmp_path / "e")[-1]["align"] < stats(tmp_path / "e")[0]["align"] - 0.05 and long["skipped"] == 0

@@ -1,8 +1,8 @@
 """The tables of docs/results.md, printed from the figures that lie beside this file.
 
     python docs/results/tables.py                       every table
-    python docs/results/tables.py digits-sit            one of them
-    python docs/results/tables.py --add digits-sit runs/digits/report/report.json \\
+    python docs/results/tables.py digits-15             one of them
+    python docs/results/tables.py --add digits-15 runs/digits/report/report.json \\
         --title "Digits, SiT-T/2, 800 steps" --command "SEEDS=... bash run_all.sh"
 
 A file NAME.json holds what report.py wrote: of every run the figures of all its seeds, each under
@@ -62,12 +62,11 @@ def rival_of(run, setting):
 
 def compared(rows, run, rival, key):
     """'-24 % ± 18 %, better' of a run against its rival, with the report's own five outcomes."""
-    found = answers.measured_effect(rows[run], rows[rival], key)
-    if found is None:
+    e = answers.effect(rows, run, rival, run, rival, key=key)
+    if e is None:
         return "-"
-    change, half, seeds, judges = found
-    most = None if run == answers.FULL else answers.headroom(rows, rival, key)
-    e = answers.Effect(run, rival, key, "", change, half, seeds, judges, most)
+    if run == answers.FULL:
+        e.headroom = None                # it is what there is to gain, and has no other above it
     said = answers.OUTCOMES[e.outcome].removesuffix(" in this setting")
     return f"{e.size}, {'**better**' if e.outcome == 'lower' else said}"
 
@@ -132,14 +131,12 @@ def gate(settings):
             if answers.FULL not in made or answers.family(run) not in answers.RANDOM:
                 continue
             cells = {"setting": name, "run": run, "images": f"{made[run]['kept'][0]:,}"}
-            for key, heading in list(COMPARED.items())[:3]:
-                found = answers.measured_effect(made["full"], made[run], key)
+            for key, heading in COMPARED.items():
+                e = answers.effect(made, answers.FULL, run, answers.FULL, run, key=key)
                 cells[heading] = "-"
-                if found is not None and found[1] is not None:
-                    change, half = found[:2]
-                    opens = ", **open**" if -change >= 2 * half else ""
-                    size = f"{answers.percent(change, '+')} ± {answers.percent(half)}"
-                    cells[heading] = size + opens
+                if key != "worst_three" and e is not None and e.half is not None:
+                    opens = -e.change >= 2 * e.half
+                    cells[heading] = f"{e.size}{', **open**' if opens else ''}"
             rows.append(cells)
     return ["### The power gate: the full run against random images", "", *table(rows), ""]
 
