@@ -918,7 +918,7 @@ def parse_args(argv=None):
                    help="spread of the initial class embedding; 1 for short runs")
     p.add_argument("--amp", choices=common.AMP_CHOICES,
                    help="precision of forward and backward pass; auto: bf16 where the hardware "
-                        "computes it, fp16 on older GPUs, else none, which is float32")
+                        "is fast in it, fp16 on older GPUs, else none, which is float32")
     p.add_argument("--compile", action="store_true",
                    help="torch.compile, of an MDT its full pass: minutes at the start, faster "
                         "steps on a GPU")

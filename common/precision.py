@@ -1,12 +1,16 @@
-"""Which precision this hardware computes: --amp auto, and a warning where a wish is emulated."""
+"""Which precision is fast on this hardware: --amp auto, and a warning where a wish is not."""
+import time
+from functools import cache
+
 import torch
 
 from common.loop import AMP
 from common.processes import from_rank0, log
 
 AMP_CHOICES = ("auto", *AMP)
-# Measured on two cores with AVX2: unet-small at 32 x 32 trained 14 times slower, SiT-S/4 30 times.
-FACTOR = "14 to 30 times slower than --amp none where we measured it"
+# By how much a product must be faster than in float32, for copies between the formats cost a tenth.
+# What we know of is far from it: half as fast, twice as fast, or eight times with AMX.
+LEAST_GAIN = 1.2
 
 
 def computes(device, amp):
@@ -32,13 +36,51 @@ def computes(device, amp):
     return torch.ops.mkldnn._is_mkldnn_bf16_supported() and any(ask() for ask in known)
 
 
+@cache
+def product_gain(amp):
+    """How many times faster than in float32 the CPU multiplies two 256 x 256 matrices.
+
+    The better of five turns each, one after the other, so that other work disturbs both alike;
+    some milliseconds, a tenth of a second where the format is emulated.
+    """
+    x = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
+    seconds = {}
+    for factor in [x, x.to(AMP[amp])] * 5:
+        start = time.perf_counter()
+        factor @ factor
+        taken = time.perf_counter() - start
+        seconds[factor.dtype] = min(taken, seconds.get(factor.dtype, taken))
+    return seconds[torch.float32] / seconds[AMP[amp]]
+
+
+def pays(device, amp):
+    """Whether this precision makes a training faster here.
+
+    Important! Instructions alone do not say so: some server CPUs have those for bf16 and run them
+    at half the rate of float32, so on a CPU a product is timed.
+    """
+    if amp == "none":
+        return True
+    return computes(device, amp) and (device.type == "cuda" or product_gain(amp) > LEAST_GAIN)
+
+
+def what_is_slow(device, amp):
+    """Why this precision is slower here than float32, in words; "" where it is not."""
+    if device.type == "cuda":
+        return "" if computes(device, amp) else f"this GPU has no instructions for {amp}"
+    gain = 1 if amp == "none" else product_gain(amp)
+    if gain >= 1:
+        return ""
+    return f"on this CPU a product in {amp} takes {1 / gain:.1f} times as long as in float32"
+
+
 def fastest(device):
-    """bf16 where the hardware computes it, fp16 on older GPUs, else none, which is fp32.
+    """bf16 where it pays, fp16 on older GPUs, else none, which is fp32.
 
     fp16 on a CPU is not chosen: its range needs a scale for the loss, and no run of ours has shown
     it to be faster than bf16.
     """
-    if computes(device, "bf16"):
+    if pays(device, "bf16"):
         return "bf16"
     if device.type == "cuda":
         return "fp16"
@@ -48,22 +90,22 @@ def fastest(device):
 def settle_amp(args, device, inherited=False):
     """Puts a precision in the place of args.amp = auto. Returns the flags that it left open.
 
-    inherited: args.amp is a checkpoint's, and counts where this hardware computes it. What is left
-    open may differ on a resume, on other hardware; a precision that this call names may not.
+    inherited: args.amp is a checkpoint's, and counts where it pays here. What is left open may
+    differ on a resume, on other hardware; a precision that this call names may not.
     """
     asked = args.amp
     if asked != "auto" and not inherited:
-        if not computes(device, asked):
-            log(f"warning: --amp {asked}: this hardware has no instructions for {asked} and "
-                f"emulates it, {FACTOR}; use --amp auto")
+        slow = what_is_slow(device, asked)
+        if slow:
+            log(f"warning: --amp {asked}: {slow}; use --amp auto")
         return []
-    keeps = asked != "auto" and computes(device, asked)
+    keeps = asked != "auto" and pays(device, asked)
     # One precision on all ranks, whatever hardware they have.
     args.amp = from_rank0(lambda: asked if keeps else fastest(device))
     if args.amp != asked:
         whose = "" if asked == "auto" else "the checkpoint's "
-        why = f"computes {args.amp}"
+        why = f"this hardware computes {args.amp}"
         if args.amp == "none":
-            why = "has no instructions for bf16, and computes in float32"
-        log(f"{whose}amp {asked} becomes {args.amp}: this hardware {why}")
+            why = f"{what_is_slow(device, 'bf16') or 'bf16 gains nothing here'}; float32 it is"
+        log(f"{whose}amp {asked} becomes {args.amp}: {why}")
     return ["amp"]

@@ -133,7 +133,7 @@ def matmul_peak(device, dtype, n=None, repeats=40, seconds=10):
 
 
 def precisions(device):
-    """[--amp]: none, and before it bf16 where the hardware computes it. Emulated it would take half an hour to say what is known."""
+    """[--amp]: none, and before it bf16 where the hardware has instructions for it, fast or not. Emulated it would take half an hour to say what is known."""
     from common.precision import computes
     if computes(device, "bf16"):
         return ["bf16", "none"]

@@ -716,7 +716,8 @@ def importable(name):
     return importlib.util.find_spec(name) is not None
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 3])
 def test_several_processes_encode_the_same(processes, pictures, tmp_path, fake_vae):
     """Uneven parts. With two, the other waits for rank 0 whatever it takes: here longer than DIST_TIMEOUT."""
     (tmp_path / "go.py").write_text("import time, data, common, conftest\nconftest.use_fake_vae()\nreal = common.sources.read_source\n"
@@ -731,23 +732,24 @@ def test_several_processes_encode_the_same(processes, pictures, tmp_path, fake_v
         assert (tmp_path / "o" / name).read_bytes() == (tmp_path / "a" / name).read_bytes()
 
 
-def test_several_processes_decode_the_same(tmp_path, fake_vae):
+@pytest.mark.parametrize("colour", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_several_processes_decode_the_same(colour, tmp_path, fake_vae):
     """Pixels beside latents: each process decodes its part; what one finds unreadable or in colour counts for all."""
     for i in range(40):
         save(tmp_path / "s" / ("val" if i % 4 == 0 else "train") / f"c{i % 2}" / f"{i}.png", noise(9, 12))
     for name in ("train/c1/3.png", "val/c0/36.png"):
         (tmp_path / "s" / name).write_bytes(b"broken")
+    if colour:
+        save(tmp_path / "s" / "train" / "c1" / "39.png", noise(9, 12, 3))                           # the last one
     (tmp_path / "go.py").write_text("import data, conftest\nconftest.use_fake_vae()\ndata.main()\n")
-    for k in range(2):
-        out = [tmp_path / f"{name}{k}" for name in ("two", "one")]
-        flags = ["--size", 8, "--vae", "a/vae", "--device", "cpu", "--skip-bad", "--out"]
-        ranks = run_ranks(2, tmp_path / "go.py", tmp_path / "s", *flags, out[0], PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
-        assert [code for code, _, _ in ranks] == [0, 0], ranks
-        assert ranks[0][1].count("skipped") == 3 and not ranks[1][1]
-        run(tmp_path / "s", *flags, out[1])
-        one, two = ({p.name: p.read_bytes() for p in folder.iterdir() if p.name != "data.args.json"} for folder in out)
-        assert one == two and common.open_data(out[1]).images.shape == (29, 8, 8, [1, 3][k])
-        save(tmp_path / "s" / "train" / "c1" / "39.png", noise(9, 12, 3))                       # the last one in colour
+    out = [tmp_path / "two", tmp_path / "one"]
+    flags = ["--size", 8, "--vae", "a/vae", "--device", "cpu", "--skip-bad", "--out"]
+    ranks = run_ranks(2, tmp_path / "go.py", tmp_path / "s", *flags, out[0], PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
+    assert [code for code, _, _ in ranks] == [0, 0], ranks
+    assert ranks[0][1].count("skipped") == 3 and not ranks[1][1]
+    run(tmp_path / "s", *flags, out[1])
+    one, two = ({p.name: p.read_bytes() for p in folder.iterdir() if p.name != "data.args.json"} for folder in out)
+    assert one == two and common.open_data(out[1]).images.shape == (29, 8, 8, 3 if colour else 1)
 
 
 def test_latents_of_the_real_format(pictures, real_vae, tmp_path, capsys):

@@ -46,7 +46,7 @@ def test_from_data_to_judge(wide, model):
     for run in ("full", "d2c"):
         go(sample, f"--checkpoint {out}/{run}/last.pt --num 12 --steps 1 --out {out}/{run}")
         assert np.load(out / run / "samples.npy").shape == (12, 8, 12, 3)
-    go(evaluate, f"--data {d} --runs {out}/full {out}/d2c --encoder pixels scratch")
+    go(evaluate, f"--data {d} --runs {out}/full {out}/d2c --encoder pixels scratch --judges 1")
     assert np.isfinite(json.loads((out / "d2c" / "metrics.json").read_text())["encoders"]["scratch"]["fd"])
 
 

@@ -3,8 +3,6 @@ import argparse
 import json
 import os
 import shutil
-import socket
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +14,7 @@ import torch
 import common
 from models.build import build, from_checkpoint
 import sample
-from conftest import FakeKL
+from conftest import FakeKL, processes
 from models import diffusion
 from models.diffusion import SAMPLERS, guided, to_uint8
 from models.sit import SiT
@@ -204,13 +202,8 @@ def test_bf16_draws_nearly_the_same(flow, tmp_path):
 
 
 def test_two_processes_and_one_draw_the_same(flow, tmp_path):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    # the -- keeps torchrun from reading --num as a shortened --numa-binding
-    p = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port), "--", ROOT / "sample.py",
-                        *argv(flow, tmp_path / "b", "--batch-size", 4, num=13)], capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert p.returncode == 0, p.stderr[-3000:]
+    for code, _, err in processes(2, ROOT / "sample.py", *argv(flow, tmp_path / "b", "--batch-size", 4, num=13)):
+        assert code == 0, err[-3000:]
     assert alike(draw(flow, tmp_path / "a", num=13), np.load(tmp_path / "b/samples.npy"))
     assert {f.name for f in (tmp_path / "a").iterdir()} == {f.name for f in (tmp_path / "b").iterdir()}
 

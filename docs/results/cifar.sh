@@ -1,0 +1,100 @@
+#!/usr/bin/env bash
+# CIFAR-10 at 8 x 8: how few images must be kept for a selection to matter (the gate), pruning's speed-up at equal
+# epochs, and attachments that know more than the data. ImageNet's efficientnet_lite0 is surrogate and visual target.
+# FOLDER holds train/<class>/*.png; goes on where it was stopped; a part is about an hour on two cores.
+#
+#   bash docs/results/cifar.sh FOLDER [gate speed attach]
+#
+# STEPS (of a whole training), PER_CLASS (of attach), SEEDS and OUT come from the environment.
+set -euo pipefail
+folder=$(realpath "$1")
+parts=${*:2}
+cd "$(dirname "$0")/../.."
+steps=${STEPS:-1600} images=${PER_CLASS:-20} seeds=${SEEDS:-0 1 2} out=${OUT:-runs/cifar10-8} data=data/cifar10-8
+sampler="--sampler heun --steps 12"
+python data.py "$folder" --size 8 --out $data
+
+# train RUN SEED STEPS FLAGS..., and draw from it; `all` is what has been drawn
+train() {
+    python train.py --data $data --preset digits --steps "$3" --seed "$2" --checkpoint-every $((steps / 20)) "${@:4}" \
+        --out "$out/$1"
+    python sample.py --checkpoint "$out/$1/last.pt" --num 1000 --cfg 1 1.25 1.5 2 $sampler --seed "$2" --out "$out/$1"
+    all="$all $out/$1"
+}
+random() {       # NAME SEED PER_CLASS: the folder of as many images drawn at random
+    python prune.py --data $data --score random --per-class "$3" --seed "$2" --out "$out/$1/prune"
+}
+report() {       # NAME, and flags for evaluate.py
+    python evaluate.py --data $data --runs $all --encoder scratch --judges 3 "${@:2}"
+    python report.py $all --encoder scratch --out "$out/report-$1"
+}
+
+gate() {
+    all=""
+    for seed in $seeds; do
+        tail=$([ "$seed" = 0 ] || echo "-seed$seed")
+        train "full$tail" "$seed" "$steps"
+        for n in 10 20 100; do
+            random "random-$n$tail" "$seed" $n
+            train "random-$n$tail" "$seed" "$steps" --indices "$out/random-$n$tail/prune/keep.npy"
+        done
+    done
+    report gate
+}
+
+# Li et al.: the score's images for as many epochs as the full run had, beside random ones and all of them, as briefly
+speed() {
+    all=""
+    for seed in $seeds; do
+        tail=$([ "$seed" = 0 ] || echo "-seed$seed")
+        train "full$tail" "$seed" "$steps"
+        for keep in 0.4 0.1; do
+            short=$(python -c "print(round($keep * $steps))") set=$out/pruned-$keep$tail/prune
+            random "random-short-$keep$tail" "$seed" $(python -c "print(round($keep * 5000))")
+            first=$out/pruned-0.4/prune/features.npy
+            features=$([ -e "$first" ] && echo "--features $first" || echo "--surrogate efficientnet_lite0")
+            [ -e "$set/keep.npy" ] || python prune.py --data $data $features --score gaussian --keep $keep \
+                --seed "$seed" --out "$set"
+            train "full-short-$keep$tail" "$seed" "$short"
+            train "random-short-$keep$tail" "$seed" "$short" --indices "$out/random-short-$keep$tail/prune/keep.npy"
+            train "pruned-short-$keep$tail" "$seed" "$short" --indices "$set/keep.npy"
+        done
+    done
+    report speed
+}
+
+# Two by two, and two placebos: the same text given to other classes, the same tokens to other images
+attach() {
+    all=""
+    permute='import sys, shutil, numpy as np
+a, b, name, seed = sys.argv[1:]
+shutil.copytree(a, b, dirs_exist_ok=True)
+x = np.load(f"{a}/{name}.npy")
+np.save(f"{b}/{name}.npy", np.roll(x, 1, 0) if name == "text" else np.random.default_rng(int(seed)).permutation(x))'
+    for seed in $seeds; do
+        tail=$([ "$seed" = 0 ] || echo "-seed$seed")
+        train "full$tail" "$seed" "$steps"
+        random "random-$images$tail" "$seed" "$images"
+        keep=$out/random-$images$tail/prune/keep.npy
+        train "random-$images$tail" "$seed" "$steps" --indices "$keep"
+        a=$out/random-attach$tail/attach b=$out/d2c-select-attach$tail/attach
+        lite="--text minilm --visual efficientnet_lite0"
+        python attach.py --data $data --indices "$keep" $lite --seed "$seed" --out "$a"
+        python attach.py --data $data --reference "$out/full$tail/last.pt" --per-class "$images" $lite --seed "$seed" \
+            --out "$b"
+        train "random-attach$tail" "$seed" "$steps" --attach "$a"
+        for name in text visual; do
+            placebo=$out/random-placebo-$name$tail
+            [ -e "$placebo/attach" ] || python -c "$permute" "$a" "$placebo/attach" $name "$seed"
+            train "random-placebo-$name$tail" "$seed" "$steps" --attach "$placebo/attach"
+        done
+        train "d2c-select$tail" "$seed" "$steps" --indices "$b/keep.npy"
+        train "d2c-select-attach$tail" "$seed" "$steps" --attach "$b"
+    done
+    report attach
+    report attach --trajectory --trajectory-num 500
+}
+
+for part in ${parts:-gate speed attach}; do
+    $part
+done
