@@ -106,6 +106,6 @@ def settle_amp(args, device, inherited=False):
         whose = "" if asked == "auto" else "the checkpoint's "
         why = f"this hardware computes {args.amp}"
         if args.amp == "none":
-            why = f"{what_is_slow(device, 'bf16') or 'bf16 gains nothing here'}; float32 it is"
+            why = f"{what_is_slow(device, 'bf16') or 'bf16 is not known to be faster here'}; float32 it is"
         log(f"{whose}amp {asked} becomes {args.amp}: {why}")
     return ["amp"]
