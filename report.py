@@ -442,6 +442,16 @@ def add_best_guidance(seeds, row, judge):
     row["best_guidance"] = sorted({settings[k] for k in chosen})
 
 
+def best_at_the_strongest(t):
+    """The runs whose best guidance is the largest that was tried: the best may lie beyond it."""
+    found = []
+    for name, row in t.items():
+        tried = [float(cfg) for cfg in row["by_guidance"] if cfg != "unknown"]
+        if max(row.get("best_guidance", [1])) == max(tried, default=1) > 1:
+            found.append(name)
+    return found
+
+
 def figures_of(run, judge):
     """{figure: value} of one run; None where it was not measured."""
     train = run.train
@@ -595,6 +605,11 @@ def legend(t, e, name, share):
     if any(row["best_fd"] != [None] * len(row["seed"]) for row in t.values()):
         text.append(f"*FD at its best guidance* is of half as many samples ({e['n'] // 2:,}): the "
                     "guidance is chosen on one half of the noise and scored on the other.")
+        strongest = best_at_the_strongest(t)
+        if strongest:
+            text.append(f"Of {', '.join(strongest)} the strongest guidance tried was the best, so "
+                        "a stronger one may be better still (GUIDANCE of run_all.sh, sample.py "
+                        "--cfg).")
     if mean(t[name]["worst_n"]) is not None:
         text.append(f"*Worst class FD* is at n={t[name]['worst_n'][0]} a class, where real images "
                     f"score {e['per_class']['real_mean']:.3g} on average.")

@@ -163,9 +163,18 @@ def test_best_guidance_is_chosen_on_the_other_half(tmp_path):
     assert rows["random"]["best_fd"] == [pytest.approx(3.1)] and rows["random"]["best_guidance"] == [2.0] and rows["full"]["fd"] == [2.0]
     text, details = ((tmp_path / "r" / f).read_text() for f in ("report.md", "details.md"))
     assert "| 2.5 (at 1 or 2) |" in text and "| 3.1 (at 2) |" in text and "guidance 1, reference" in text and "| guidance 1 | guidance 2 |" in details
+    assert "Of full, random the strongest guidance tried was the best" in details + text
     (tmp_path / "random" / "metrics_cfg2.json").unlink()
     with pytest.raises(SystemExit):
         report.main([*map(str, runs), "--out", str(tmp_path / "r")])
+
+
+@pytest.mark.parametrize("fds, said", [((1.0, 2.0, 3.0), False), ((2.0, 1.0, 3.0), False), ((3.0, 2.0, 1.0), True)])
+def test_a_best_guidance_at_the_edge_is_said_to_be_one(fds, said, tmp_path):
+    runs = [make_run(tmp_path / "full", kept=1500, guided={cfg: [[fd, fd]] for cfg, fd in zip((1.0, 1.5, 2.0), fds)})]
+    report.main([*map(str, runs), "--out", str(tmp_path / "r")])
+    text = "".join((tmp_path / "r" / name).read_text() for name in ("report.md", "details.md"))
+    assert ("Of full the strongest guidance tried was the best" in text) == said
 
 
 @pytest.mark.parametrize("short, briefly, random, verdict", [
