@@ -423,7 +423,8 @@ def until(condition, seconds=60):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-@pytest.mark.parametrize("what, code", [("worker", 2), (signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9), (signal.SIGUSR1, 143), (signal.SIGHUP, 143)])
+@pytest.mark.parametrize("what, code", [("worker", 2), (signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9),
+                                       *(pytest.param(s, 143, marks=pytest.mark.slow) for s in (signal.SIGUSR1, signal.SIGHUP))])
 def test_workers_end_with_the_call(what, code, tmp_path):
     """A killed worker, and signals to the call: one line, nothing left behind, and no orphan however it ends."""
     for i in range(1100):                                             # three batches

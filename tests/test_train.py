@@ -144,7 +144,7 @@ def test_overwrite_starts_again(tiny_data, tmp_path):
     assert {p.name for p in (tmp_path / "a").iterdir()} == {p.name for p in (tmp_path / "b").iterdir()}       # neither step_0000004.pt of the first run nor what was drawn from it
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", *(pytest.param(s, marks=pytest.mark.slow) for s in ("SIGHUP", "SIGUSR1", "SIGUSR2"))])
 def test_a_signal_saves_and_exits_143(name, tiny_data, tmp_path):
     """SLURM warns by USR1, a closed terminal by HUP, a person by Ctrl-C (130)."""
     out = tmp_path / "a"

@@ -10,7 +10,7 @@ set -euo pipefail
 folder=$(realpath "$1")
 parts=${*:2}
 cd "$(dirname "$0")/../.."
-steps=${STEPS:-1600} images=${PER_CLASS:-20} seeds=${SEEDS:-0 1 2} out=${OUT:-runs/cifar10-8} data=data/cifar10-8
+steps=${STEPS:-1600} images=${PER_CLASS:-10} seeds=${SEEDS:-0 1 2} out=${OUT:-runs/cifar10-8} data=data/cifar10-8
 sampler="--sampler heun --steps 12"
 python data.py "$folder" --size 8 --out $data
 
