@@ -1,8 +1,13 @@
 """docs/results: every table of the page is what the command prints from the figures that lie there."""
+import importlib
 import importlib.util
 import json
 import math
+import os
 import re
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -73,3 +78,31 @@ def test_the_page_holds_what_the_command_prints(tables, file):
     lines = tables.lines_of(json.loads(file.read_text(encoding="utf-8")))
     missing = [line for line in lines if line not in page]
     assert len(lines) > 8 and not missing, missing[:2]
+
+
+STUB = """#!{python}
+import json, os, sys
+if os.path.basename(sys.argv[0]) == "python" and sys.argv[1] == "-c" and "np." not in sys.argv[2]:
+    os.execv({python!r}, [{python!r}, *sys.argv[1:]])
+with open(os.environ["LOG"], "a") as f:
+    print(json.dumps([os.path.basename(sys.argv[0]), *sys.argv[1:]]), file=f)
+"""
+
+
+@pytest.mark.parametrize("script, flags, trainings", [
+    ("longtail.sh", [], 15), ("unet.sh", [], 6), ("cifar.sh", ["{tmp}"], 54), ("cifar.sh", ["{tmp}", "attach"], 21)])
+def test_the_scripts_call_what_there_is(script, flags, trainings, tmp_path):
+    """With a python that notes its calls instead of making them: every one of them parses, and as many train as the page says."""
+    for name in ("python", "bash"):
+        (tmp_path / name).write_text(STUB.format(python=sys.executable))
+        (tmp_path / name).chmod(0o755)
+    out = str(tmp_path / "out")
+    flags = [flag.format(tmp=tmp_path) for flag in flags or [out]]
+    env = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "LOG": str(tmp_path / "log"), "OUT": out}
+    done = subprocess.run(["/usr/bin/env", "-u", "PER_CLASS", shutil.which("bash"), ROOT / "docs/results" / script, *flags], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    calls = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    for python, file, *argv in calls:
+        if python == "python" and file != "-c":
+            importlib.import_module(file.removesuffix(".py")).parse_args(argv)
+    assert sum(call[:2] == ["python", "train.py"] for call in calls) == trainings
