@@ -359,7 +359,7 @@ def parse_args(argv=None):
     p.add_argument("--judge-weights", type=Path, help="its file")
     p.add_argument("--batch-size", type=common.batch_type, default=256, help="images at once")
     p.add_argument("--amp", choices=common.AMP_CHOICES, default="none",
-                   help="precision of scoring; auto: the fastest that the hardware computes")
+                   help="precision of scoring; auto: the one that is fastest here")
     common.add_run_flags(p, "make the output again although it stands",
                          seed="of the noise and of --select random")
     common.add_list_flag(p, select=SELECT, visual=visuals, judge=judges)

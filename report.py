@@ -447,7 +447,7 @@ def best_at_the_strongest(t):
     found = []
     for name, row in t.items():
         tried = [float(cfg) for cfg in row["by_guidance"] if cfg != "unknown"]
-        if max(row.get("best_guidance", [1])) == max(tried, default=1) > 1:
+        if min(row.get("best_guidance", [1])) == max(tried, default=1) > 1:
             found.append(name)
     return found
 

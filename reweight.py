@@ -359,7 +359,7 @@ def parse_args(argv=None):
     p.add_argument("--proxy-model", choices=MODELS, help="its network; default: the reference's")
     p.add_argument("--proxy-init", help="checkpoint whose EMA the proxy starts from; default: none")
     p.add_argument("--amp", choices=common.AMP_CHOICES,
-                   help="precision; default: the reference's, auto where that would be emulated")
+                   help="precision; default: the reference's, auto where that gains nothing")
     p.add_argument("--permutations", type=common.number(int, low=19, high=100_000),
                    help="of the images, for the null; default 200, or 20 a class up to 2 000")
     p.add_argument("--checkpoint-every", type=common.count, default=200, help="steps between saves")

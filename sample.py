@@ -301,7 +301,7 @@ def parse_args(argv=None):
     p.add_argument("--batch-size", type=common.batch_type, default=256,
                    help="samples at a time, over all processes")
     p.add_argument("--amp", choices=common.AMP_CHOICES, default="none",
-                   help="precision of the network; auto: the fastest that the hardware computes")
+                   help="precision of the network; auto: the one that is fastest here")
     p.add_argument("--npz", action="store_true", help="also write samples.npz for ADM's evaluator")
     p.add_argument("--png", choices=("flat", "classes"),
                    help="also write each sample, as OUT/png/INDEX.png or OUT/png-classes/"

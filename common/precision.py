@@ -8,8 +8,8 @@ from common.loop import AMP
 from common.processes import from_rank0, log
 
 AMP_CHOICES = ("auto", *AMP)
-# By how much a product must be faster than in float32, for copies between the formats cost a tenth.
-# What we know of is far from it: half as fast, twice as fast, or eight times with AMX.
+# By how much a product must be faster than in float32: copies between the formats take time too.
+# What we have seen is far from it: half as fast, and about twice as fast.
 LEAST_GAIN = 1.2
 
 
@@ -40,17 +40,28 @@ def computes(device, amp):
 def product_gain(amp):
     """How many times faster than in float32 the CPU multiplies two 256 x 256 matrices.
 
-    The better of five turns each, one after the other, so that other work disturbs both alike;
-    some milliseconds, a tenth of a second where the format is emulated.
+    The best of five turns each, some milliseconds; a tenth of a second where it is emulated.
+    Important! On one thread: on a busy machine several wait for each other, by chance in one format
+    more than in the other.
     """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return ratio_of_times(AMP[amp])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def ratio_of_times(dtype):
+    """The seconds of a product in float32 over those in this dtype."""
     x = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
     seconds = {}
-    for factor in [x, x.to(AMP[amp])] * 5:
+    for factor in [x, x.to(dtype)] * 5:
         start = time.perf_counter()
         factor @ factor
         taken = time.perf_counter() - start
         seconds[factor.dtype] = min(taken, seconds.get(factor.dtype, taken))
-    return seconds[torch.float32] / seconds[AMP[amp]]
+    return seconds[torch.float32] / seconds[dtype]
 
 
 def pays(device, amp):
@@ -69,7 +80,7 @@ def what_is_slow(device, amp):
     if device.type == "cuda":
         return "" if computes(device, amp) else f"this GPU has no instructions for {amp}"
     gain = 1 if amp == "none" else product_gain(amp)
-    if gain >= 1:
+    if gain > 0.9:
         return ""
     return f"on this CPU a product in {amp} takes {1 / gain:.1f} times as long as in float32"
 
@@ -106,6 +117,7 @@ def settle_amp(args, device, inherited=False):
         whose = "" if asked == "auto" else "the checkpoint's "
         why = f"this hardware computes {args.amp}"
         if args.amp == "none":
-            why = f"{what_is_slow(device, 'bf16') or 'bf16 is not known to be faster here'}; float32 it is"
+            slow = what_is_slow(device, "bf16") or "no gain from bf16 is known here"
+            why = f"{slow}; float32 it is"
         log(f"{whose}amp {asked} becomes {args.amp}: {why}")
     return ["amp"]

@@ -48,7 +48,7 @@ def test_figures_are_kept_and_printed(tables, made, capsys):
     assert f"| pruned | 150 | {mean.mean():.2f} ± {abs(mean[0] - mean[1]) / math.sqrt(2):.2f} | {mean.mean() / 2:.2f} ±" in out
     assert f"| {3 * mean.mean():.2f} ± {3 * abs(mean[0] - mean[1]) / math.sqrt(2):.2f} |" in out
     total = sum((made["pruned"][s, j] - made["random"][s, j]) / np.mean(made["random"][:, j]) for s in range(2) for j in range(3)) / 6
-    assert re.search(rf"\| pruned \| \{'+' if total > 0 else '-'}{abs(total):.0%}".replace("%", " %"), out), (total, out)
+    assert re.search(rf"\| pruned \| random \| \{'+' if total > 0 else '-'}{abs(total):.0%}".replace("%", " %"), out), (total, out)
     kept = json.loads((tables.HERE / "small.json").read_text())
     assert np.allclose(kept["rows"]["full"]["judged"]["fd"], made["full"], rtol=5e-5) and "seconds" not in kept["rows"]["full"]
 
@@ -78,6 +78,12 @@ def test_the_page_holds_what_the_command_prints(tables, file):
     lines = tables.lines_of(json.loads(file.read_text(encoding="utf-8")))
     missing = [line for line in lines if line not in page]
     assert len(lines) > 8 and not missing, missing[:2]
+
+
+def test_the_page_holds_the_gate(tables):
+    page = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    lines = tables.gate({file.stem: json.loads(file.read_text(encoding="utf-8")) for file in FILES})[2:]
+    assert len(lines) > len(FILES) and not [line for line in lines if line not in page]
 
 
 STUB = """#!{python}

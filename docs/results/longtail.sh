@@ -6,6 +6,7 @@
 #   bash docs/results/longtail.sh [OUT]
 set -euo pipefail
 cd "$(dirname "$0")/../.."
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 out=${1:-runs/longtail}
 runs="full longtail longtail-dro longtail-inverse longtail-permuted"
 python data.py digits --out data/digits

@@ -84,7 +84,7 @@ def lines_of(setting):
     lines += table([figures_of(run, row) for run, row in rows.items()])
     rivals = {run: rival_of(run, setting) for run in rows}
     if any(rivals.values()):
-        lines += ["", *table([{"against its random row": run, **differences(rows, run, rival)}
+        lines += ["", *table([{"run": run, "against": rival, **differences(rows, run, rival)}
                               for run, rival in rivals.items() if rival])]
     return [*lines, ""]
 
@@ -93,7 +93,11 @@ def figures_of(run, row):
     by_seed = {key: np.mean(values, 1) for key, values in row["judged"].items()}
     best = answers.cell(list(by_seed.get("best_fd", [])), "{:.2f}")
     if "best_guidance" in row:
-        best += f" ({', '.join(f'{cfg:g}' for cfg in row['best_guidance'])})"
+        chosen = row["best_guidance"]
+        # Figures that were kept earlier do not say what was tried.
+        tried = [float(cfg) for cfg in row.get("by_guidance", ()) if cfg != "unknown"]
+        edge = ", the strongest" if tried and min(chosen) == max(tried) else ""
+        best += f" ({', '.join(f'{cfg:g}' for cfg in chosen)}{edge})"
     cells = {"run": run, "images": f"{row['kept'][0]:,}", "FD, guidance 1": by_seed["fd"]}
     figures = {**cells, "best guidance": best, "of the images": by_seed.get("fd_subset", []),
                "early FD": by_seed.get("area", []), "recall": by_seed.get("recall", []),

@@ -6,6 +6,8 @@
 #   bash docs/results/unet.sh [OUT]
 set -euo pipefail
 cd "$(dirname "$0")/../.."
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+unset STEPS NUM_SAMPLES TRAIN SAMPLER JUDGES DATA_FLAGS KEEP INTERVAL TRAJECTORY REPORT QUICK
 export PER_CLASS=${PER_CLASS:-15} MODEL=unet-tiny PROCESS=ddpm SEEDS="0 1 2"
 export OUT=${1:-runs/unet-$PER_CLASS}
 export GUIDANCE="1 1.25 1.5 2" SCORE="gaussian moderate herding" RUNS="full random pruned d2c-select" JUDGE=scratch
