@@ -164,10 +164,11 @@ def test_resnet18_pooled_and_tokens(tmp_path):
         ref = net(F.interpolate(unit(x, *IMAGENET), (224, 224), mode="bicubic"))
     enc = encoders.load("resnet18", "cpu", weights=tmp_path / "r.pth")
     v = enc.tokens(torch.from_numpy(x))
-    assert rel(enc.pooled(torch.from_numpy(x)), ref) < 1e-5 and (enc.width, enc.token_width) == (512, 768) and v.shape == (2, 196, 768)
+    # Rounding at 6e-8 in 18 layers of sums of up to 4 608 products, in the order of the kernel at hand.
+    assert rel(enc.pooled(torch.from_numpy(x)), ref) < 3e-5 and (enc.width, enc.token_width) == (512, 768) and v.shape == (2, 196, 768)
     for r, c in ((0, 0), (3, 8), (13, 13)):
         want = torch.cat([maps["layer3"][:, :, r, c], maps["layer4"][:, :, r // 2, c // 2]], 1)
-        assert rel(v[:, 14 * r + c], want) < 1e-5
+        assert rel(v[:, 14 * r + c], want) < 3e-5
     grey = pictures(2, 48, 1)
     assert rel(enc.pooled(torch.from_numpy(grey)), enc.pooled(torch.from_numpy(grey.repeat(3, 3)))) < 1e-5
 
