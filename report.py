@@ -28,9 +28,10 @@ import numpy as np
 import common
 from common import comparison, need
 from common.answers import (FULL, RUNS, SEED, all_effects, answer_cost, answer_elsewhere,
-                            answer_memorising, answer_random, answer_source, capital, cell,
-                            cost_of_each, elsewhere_in_full, equal_epochs, headroom_lines, mean,
-                            memorising, of_full_set, percent, prepared, reach, sentence)
+                            answer_memorising, answer_random, answer_source, best_is_strongest,
+                            capital, cell, cost_of_each, elsewhere_in_full, equal_epochs,
+                            headroom_lines, mean, memorising, of_full_set, percent, prepared, reach,
+                            sentence)
 
 TRAINED_WITH = ("model", "process", "predict", "batch_size", "lr", "schedule", "warmup", "ema",
                 "label_drop", "dropout", "class_std", "grad_clip", "align", "flips", "amp",
@@ -442,16 +443,6 @@ def add_best_guidance(seeds, row, judge):
     row["best_guidance"] = sorted({settings[k] for k in chosen})
 
 
-def best_at_the_strongest(t):
-    """The runs whose best guidance is the largest that was tried: the best may lie beyond it."""
-    found = []
-    for name, row in t.items():
-        tried = [float(cfg) for cfg in row["by_guidance"] if cfg != "unknown"]
-        if min(row.get("best_guidance", [1])) == max(tried, default=1) > 1:
-            found.append(name)
-    return found
-
-
 def figures_of(run, judge):
     """{figure: value} of one run; None where it was not measured."""
     train = run.train
@@ -605,7 +596,7 @@ def legend(t, e, name, share):
     if any(row["best_fd"] != [None] * len(row["seed"]) for row in t.values()):
         text.append(f"*FD at its best guidance* is of half as many samples ({e['n'] // 2:,}): the "
                     "guidance is chosen on one half of the noise and scored on the other.")
-        strongest = best_at_the_strongest(t)
+        strongest = [run for run, row in t.items() if best_is_strongest(row)]
         if strongest:
             text.append(f"Of {', '.join(strongest)} the strongest guidance tried was the best, so "
                         "a stronger one may be better still (GUIDANCE of run_all.sh, sample.py "

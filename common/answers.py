@@ -205,6 +205,15 @@ def figure_of(e):
     return e.size
 
 
+def best_is_strongest(row):
+    """Whether the best guidance is the largest that was tried: the best may lie beyond it.
+
+    False for a row of an earlier version, which does not say what was tried.
+    """
+    tried = [float(cfg) for cfg in row.get("by_guidance", ()) if cfg != "unknown"]
+    return min(row.get("best_guidance", [1])) == max(tried, default=1) > 1
+
+
 def family(name):
     """'pruned' for 'pruned-0.4': the run's name without its budget."""
     # A share may be written 0.4, .4 or 5e-2.

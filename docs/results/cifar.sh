@@ -25,15 +25,16 @@ out=${OUT:-runs/cifar-8x8} data=${DATA:-data/cifar-8x8}
 sampler="--sampler heun --steps 12"
 python data.py "$folder" --size 8 --out $data
 
-# train RUN SEED STEPS FLAGS..., and draw from it; `all` is what has been drawn
-train() {
-    python train.py --data $data --preset digits --steps "$3" --seed "$2" --checkpoint-every $((steps / 20)) "${@:4}" \
-        --out "$out/$1"
-    python sample.py --checkpoint "$out/$1/last.pt" --num 1000 --cfg 1 1.25 1.5 2 $sampler --seed "$2" --out "$out/$1"
-    all="$all $out/$1"
+# Of the seed at hand, in folders that end with its `tail`; `all` is what has been drawn so far.
+train() {        # RUN STEPS FLAGS...: train, and draw from it
+    python train.py --data $data --preset digits --steps "$2" --seed "$seed" --checkpoint-every $((steps / 20)) \
+        "${@:3}" --out "$out/$1$tail"
+    python sample.py --checkpoint "$out/$1$tail/last.pt" --num 1000 --cfg 1 1.25 1.5 2 $sampler --seed "$seed" \
+        --out "$out/$1$tail"
+    all="$all $out/$1$tail"
 }
-random() {       # NAME SEED PER_CLASS: the folder of as many images drawn at random
-    python prune.py --data $data --score random --per-class "$3" --seed "$2" --out "$out/$1/prune"
+random() {       # RUN PER_CLASS: as many images of each class, drawn at random
+    python prune.py --data $data --score random --per-class "$2" --seed "$seed" --out "$out/$1$tail/prune"
 }
 report() {       # NAME, and flags for evaluate.py
     python evaluate.py --data $data --runs $all --encoder scratch --judges 3 "${@:2}"
@@ -41,75 +42,62 @@ report() {       # NAME, and flags for evaluate.py
 }
 
 gate() {
-    all=""
-    for seed in $seeds; do
-        tail=$([ "$seed" = 0 ] || echo "-seed$seed")
-        train "full$tail" "$seed" "$steps"
-        for n in 10 20 100; do
-            random "random-$n$tail" "$seed" $n
-            train "random-$n$tail" "$seed" "$steps" --indices "$out/random-$n$tail/prune/keep.npy"
-        done
+    for n in 10 20 100; do
+        random "random-$n" $n
+        train "random-$n" "$steps" --indices "$out/random-$n$tail/prune/keep.npy"
     done
-    report gate
 }
 
 # Li et al.: the score's images for as many epochs as the full run had, beside random ones and all of them, as briefly
 speed() {
-    all=""
-    for seed in $seeds; do
-        tail=$([ "$seed" = 0 ] || echo "-seed$seed")
-        train "full$tail" "$seed" "$steps"
-        for keep in 0.4 0.1; do
-            short=$(python -c "print(round($keep * $steps))") set=$out/pruned-$keep$tail/prune
-            random "random-short-$keep$tail" "$seed" $(python -c "print(round($keep * 5000))")
-            first=$out/pruned-0.4/prune
-            features="--surrogate efficientnet_lite0"
-            [ ! -e "$first/keep.npy" ] || features="--features $first/features.npy"
-            [ -e "$set/keep.npy" ] || python prune.py --data $data $features --score gaussian --keep $keep \
-                --seed "$seed" --out "$set"
-            train "full-short-$keep$tail" "$seed" "$short"
-            train "random-short-$keep$tail" "$seed" "$short" --indices "$out/random-short-$keep$tail/prune/keep.npy"
-            train "pruned-short-$keep$tail" "$seed" "$short" --indices "$set/keep.npy"
-        done
+    # No seed changes the network's features: they are made once.
+    python prune.py --data $data --surrogate efficientnet_lite0 --score gaussian --keep 0.4 --out "$out/surrogate"
+    for keep in 0.4 0.1; do
+        short=$(python -c "print(round($keep * $steps))") set=$out/pruned-$keep$tail/prune
+        random "random-short-$keep" $(python -c "print(round($keep * 5000))")
+        python prune.py --data $data --features "$out/surrogate/features.npy" --score gaussian --keep $keep \
+            --seed "$seed" --out "$set"
+        train "full-short-$keep" "$short"
+        train "random-short-$keep" "$short" --indices "$out/random-short-$keep$tail/prune/keep.npy"
+        train "pruned-short-$keep" "$short" --indices "$set/keep.npy"
     done
-    report speed
 }
 
 # Two by two, and two placebos: the same text given to other classes, the same tokens to other images
 # (one in as many as there are keeps its own, on average)
-attach() {
-    all=""
-    permute='import sys, shutil, numpy as np
+permute='import sys, shutil, numpy as np
 a, b, name, seed = sys.argv[1:]
 shutil.copytree(a, b + ".part", dirs_exist_ok=True)
 x = np.load(f"{a}/{name}.npy")
 x = np.roll(x, 1, 0) if name == "text" else np.random.default_rng(int(seed)).permutation(x)
 np.save(f"{b}.part/{name}.npy", x)
 shutil.move(b + ".part", b)'
-    for seed in $seeds; do
-        tail=$([ "$seed" = 0 ] || echo "-seed$seed")
-        train "full$tail" "$seed" "$steps"
-        random "random-$images$tail" "$seed" "$images"
-        keep=$out/random-$images$tail/prune/keep.npy
-        train "random-$images$tail" "$seed" "$steps" --indices "$keep"
-        a=$out/random-attach$tail/attach b=$out/d2c-select-attach$tail/attach
-        lite="--text minilm --visual efficientnet_lite0"
-        python attach.py --data $data --indices "$keep" $lite --seed "$seed" --out "$a"
-        python attach.py --data $data --reference "$out/full$tail/last.pt" --per-class "$images" $lite --seed "$seed" \
-            --out "$b"
-        train "random-attach$tail" "$seed" "$steps" --attach "$a"
-        for name in text visual; do
-            placebo=$out/random-placebo-$name$tail
-            [ -e "$placebo/attach" ] || python -c "$permute" "$a" "$placebo/attach" $name "$seed"
-            train "random-placebo-$name$tail" "$seed" "$steps" --attach "$placebo/attach"
-        done
-        train "d2c-select$tail" "$seed" "$steps" --indices "$b/keep.npy"
-        train "d2c-select-attach$tail" "$seed" "$steps" --attach "$b"
+attach() {
+    random "random-$images" "$images"
+    keep=$out/random-$images$tail/prune/keep.npy
+    train "random-$images" "$steps" --indices "$keep"
+    a=$out/random-attach$tail/attach b=$out/d2c-select-attach$tail/attach
+    lite="--text minilm --visual efficientnet_lite0"
+    python attach.py --data $data --indices "$keep" $lite --seed "$seed" --out "$a"
+    python attach.py --data $data --reference "$out/full$tail/last.pt" --per-class "$images" $lite --seed "$seed" \
+        --out "$b"
+    train random-attach "$steps" --attach "$a"
+    for name in text visual; do
+        placebo=$out/random-placebo-$name$tail/attach
+        [ -e "$placebo" ] || python -c "$permute" "$a" "$placebo" $name "$seed"
+        train "random-placebo-$name" "$steps" --attach "$placebo"
     done
-    report attach
-    report attach --trajectory --trajectory-num 500
+    train d2c-select "$steps" --indices "$b/keep.npy"
+    train d2c-select-attach "$steps" --attach "$b"
 }
 
 for part in ${parts:-gate speed attach}; do
-    $part
+    all=""
+    for seed in $seeds; do
+        tail=$([ "$seed" = 0 ] || echo "-seed$seed")
+        train full "$steps"
+        $part
+    done
+    report $part
+    [ $part != attach ] || report attach --trajectory --trajectory-num 500
 done

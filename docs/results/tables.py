@@ -93,11 +93,10 @@ def figures_of(run, row):
     by_seed = {key: np.mean(values, 1) for key, values in row["judged"].items()}
     best = answers.cell(list(by_seed.get("best_fd", [])), "{:.2f}")
     if "best_guidance" in row:
-        chosen = row["best_guidance"]
-        # Figures that were kept earlier do not say what was tried.
-        tried = [float(cfg) for cfg in row.get("by_guidance", ()) if cfg != "unknown"]
-        edge = ", the strongest" if tried and min(chosen) == max(tried) else ""
-        best += f" ({', '.join(f'{cfg:g}' for cfg in chosen)}{edge})"
+        chosen = [f"{cfg:g}" for cfg in row["best_guidance"]]
+        if answers.best_is_strongest(row):
+            chosen.append("the strongest")
+        best += f" ({', '.join(chosen)})"
     cells = {"run": run, "images": f"{row['kept'][0]:,}", "FD, guidance 1": by_seed["fd"]}
     figures = {**cells, "best guidance": best, "of the images": by_seed.get("fd_subset", []),
                "early FD": by_seed.get("area", []), "recall": by_seed.get("recall", []),
@@ -136,9 +135,11 @@ def gate(settings):
                 continue
             cells = {"setting": name, "run": run, "images": f"{made[run]['kept'][0]:,}"}
             for key, heading in COMPARED.items():
+                if key == "worst_three":
+                    continue
                 e = answers.effect(made, answers.FULL, run, answers.FULL, run, key=key)
                 cells[heading] = "-"
-                if key != "worst_three" and e is not None and e.half is not None:
+                if e is not None and e.half is not None:
                     opens = -e.change >= 2 * e.half
                     cells[heading] = f"{e.size}{', **open**' if opens else ''}"
             rows.append(cells)
