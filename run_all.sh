@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole comparison, from a data set to the report. To resume it, run the same command again: what is done stays.
 #
-#   bash run_all.sh                     digits: three runs of five seeds; embedded, minutes on a CPU
+#   bash run_all.sh                     digits: four runs of five seeds; embedded, minutes on a CPU
 #   bash run_all.sh cifar10             CIFAR-10 (ROOT=folder where it already lies), one GPU, an evening
 #   QUICK=1 bash run_all.sh cifar10     full, random, Gaussian at 10 % and D2C, short: 25 minutes of one GPU;
 #                                       the report is renewed after every run
@@ -19,7 +19,8 @@
 # and so do choices:
 #   JUDGES=n (networks of scratch)  GUIDANCE="1 1.5" (of the first are pictures and audit)
 #   SCORER_STEPS=n (a weak scorer instead of the full run)  SHORT=n (steps of full-short random-short pruned-short)
-#   SURROGATE SCORE ("gaussian moderate" makes two rows) TEXT VISUAL INTERVAL JUDGE, and for weights that lie here
+#   SURROGATE SCORE (of the run pruned; "gaussian moderate" makes two rows, and in RUNS pruned-herding is herding's)
+#   TEXT VISUAL INTERVAL JUDGE, and for weights that lie here
 #   SURROGATE_WEIGHTS VISUAL_WEIGHTS JUDGE_WEIGHTS; for imagenet VAE OFFICIAL (dit, sit, mdt, repa or empty) IMAGE_SIZE
 # and flags for the scripts: DATA_FLAGS (data.py, as "--labels-from prefix") DRO (reweight.py) TRAIN (train.py) SAMPLER
 #   (sample.py).

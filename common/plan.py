@@ -20,7 +20,7 @@ from common.errors import need, reading
 
 ALL_RUNS = "full random random-attach pruned pruned-dro d2c-select d2c-select-attach"
 # Fewer, with more seeds instead: one decides nothing, and what three said three others did not.
-DIGITS_RUNS = "full random d2c-select-attach"
+DIGITS_RUNS = "full random pruned-herding d2c-select-attach"
 D2C_RUNS = ("random-attach", "d2c-select", "d2c-select-attach")
 DRO_RUNS = ("pruned-dro", "pruned-dro-resample", "pruned-dro-permuted")
 # The same for as many epochs as the full run: as much shorter as the subset is smaller.
@@ -146,8 +146,9 @@ def check_choices(what, c):
     need(not c.SIZE or what not in ("digits", "imagenet", "imagenet-pruning"),
          f"SIZE={c.SIZE} does nothing with {what}; leave it out")
     if c.SCORE not in (DEFAULTS["SCORE"], OF_DATA[what].get("SCORE")):
-        need("pruned" in c.RUNS, f"SCORE={c.SCORE} does nothing without a run that prunes; add "
-                                 f"RUNS=\"{c.RUNS} pruned\"")
+        need(set(c.RUNS.split()) & {"pruned", "pruned-short", *DRO_RUNS},
+             f"SCORE={c.SCORE} does nothing without a run that prunes by it; add "
+             f"RUNS=\"{c.RUNS} pruned\"")
     judges = c.JUDGE.split()
     if "ddae" in judges:
         need(c.JUDGE_WEIGHTS, f"JUDGE={c.JUDGE}: ddae needs JUDGE_WEIGHTS=CHECKPOINT, a model that "
@@ -170,6 +171,13 @@ def check_choices(what, c):
                                       "diffusers' format")
         need(not set(c.RUNS.split()) & set(D2C_RUNS),
              f"RUNS=\"{c.RUNS}\": D2C's runs are those of run_all.sh imagenet")
+
+
+def scores_of(runs):
+    """The scores that are named as runs: ["herding"] for "full pruned pruned-herding"."""
+    ours = (*DRO_RUNS, *SHORT_RUNS)
+    return [run.removeprefix("pruned-") for run in runs.split()
+            if run.startswith("pruned-") and run not in ours]
 
 
 def integer(text, other):
@@ -390,8 +398,7 @@ class Comparison:
             end = f"-{budget['keep']}" if k else ""
             if self.wants("random", "random-short") or (not c.KEEP and self.wants(*D2C_RUNS)):
                 self.random_row(f"random{end}", budget)
-            if self.wants("pruned", "pruned-short", *DRO_RUNS):
-                self.pruned_rows(end, budget)
+            self.pruned_rows(end, budget)
             if self.wants(*SHORT_RUNS):
                 self.short_rows(end, budget)
         rival = "random"
@@ -431,16 +438,24 @@ class Comparison:
         self.train_sample(run, indices=self.prune(run, "random", budget))
 
     def pruned_rows(self, end, budget):
-        """The kept set of every score, and class weights for that of the first."""
+        """The kept set of every score, and class weights for that of the first of SCORE."""
         c = self.c
         first, *others = c.SCORE.split()
-        keep = self.prune(f"pruned{end}", first, budget, **self.surrogate())
+        keep = ""
+        if self.wants("pruned", "pruned-short", *DRO_RUNS):
+            keep = self.prune(f"pruned{end}", first, budget, **self.surrogate())
         if self.wants("pruned"):
             self.train_sample(f"pruned{end}", indices=keep)
-            for score in others:
-                run = f"pruned-{score}{end}"
-                features = self.features(first, score, keep)
-                self.train_sample(run, indices=self.prune(run, score, budget, **features))
+        else:
+            others = []
+        for score in dict.fromkeys([*others, *scores_of(c.RUNS)]):
+            run = f"pruned-{score}{end}"
+            kept = self.prune(run, score, budget, **self.features(first, score, keep))
+            self.train_sample(run, indices=kept)
+            if not keep:
+                # What the next one may share; there are no class weights then.
+                first = score
+                keep = kept
         if self.wants(*DRO_RUNS):
             out = self.place(f"pruned-dro{end}") + "/reweight"
             self.add("reweight.py", data=self.data, indices=keep, reference=self.reference,
@@ -464,11 +479,14 @@ class Comparison:
         return dict(surrogate=self.c.SURROGATE, weights=weights)
 
     def features(self, first, score, keep):
-        """What a further score reads: the features of the first, where both look at features."""
+        """What a further score reads: the features of the first, where both look at features.
+
+        keep: the file of kept indices that the first left, "" where there is no first.
+        """
         scores = importlib.import_module("prune").SCORES
         if score not in scores or scores[score].needs != "features":
             return {}
-        if first in scores and scores[first].needs == "features":
+        if keep and first in scores and scores[first].needs == "features":
             return dict(features=keep.replace("keep.npy", "features.npy"))
         return self.surrogate()
 

@@ -64,7 +64,7 @@ def checked(what, source, **env):
         ("PROCESS", "train.py: argument --process: invalid choice", "sde"), ("QUICK", "", "yes")) for value in values.split()),
     ({"STEPS": "0"}, [], "STEPS=0: must be"), ({"JOBS": "2", "NPROC": "2"}, [], "use one of both"), ({"SEEDS": "00"}, [], "SEEDS=00: must be"), ({"SIZE": "8x8"}, ["cifar10", "cifar10"], "data.py: argument --size: 8x8"),
     ({"SCORE": "gaussian gausian", "RUNS": "full random pruned"}, [], "gausian"),
-    ({"SCORE": "moderate"}, [], "SCORE=moderate does nothing without a run that prunes"), ({"SURROGATE": "incepton", "RUNS": "full pruned"}, [], "incepton"), ({"VISUAL": "dino"}, [], "dino"), ({"VISUAL": "inception"}, [], "inception"),
+    ({"SCORE": "moderate"}, [], "SCORE=moderate does nothing without a run that prunes by it"), ({"RUNS": "full pruned-hurding"}, [], "pruned-hurding is none of full"), ({"SURROGATE": "incepton", "RUNS": "full pruned"}, [], "incepton"), ({"VISUAL": "dino"}, [], "dino"), ({"VISUAL": "inception"}, [], "inception"),
     ({"JUDGE": "fid"}, [], "fid"), ({"SIZE": "16"}, [], "SIZE=16 does nothing with digits"),
     ({"JUDGE": "ddae scratch"}, [], "ddae needs JUDGE_WEIGHTS"), ({"TRAIN": '--lr "1'}, [], "TRAIN: not a readable list of flags"),
     ({"JUDGE": "scratch ddae", "JUDGE_WEIGHTS": "run_all.sh"}, [], "name ddae first")])
@@ -135,6 +135,25 @@ def test_guidances_judges_and_a_weak_scorer():
     assert not any("--bootstrap" in c for c in commands_of("digits", REPORT="full"))
 
 
+def test_a_score_may_be_named_as_a_run():
+    """Of a score that RUNS names there is that row alone; the features are made once, whoever comes first."""
+    def pruned(**env):
+        return [c for c in commands_of("digits", SEEDS="0", SURROGATE="ddae", **env) if c.startswith("prune.py") and "random" not in c]
+
+    (herding,) = pruned(RUNS="full random pruned-herding")
+    assert "--surrogate ddae" in herding and "--score herding --per-class 5" in herding and herding.endswith("--out runs/digits/pruned-herding/prune")
+    (default,) = pruned()
+    assert default == herding
+    first, second, no_features = pruned(RUNS="full pruned-herding pruned-moderate pruned-el2n")
+    assert "--surrogate ddae" in first and "--features runs/digits/pruned-herding/prune/features.npy" in second and "--surrogate" not in no_features
+    # Beside SCORE's own rows it changes none of them, and no row comes twice.
+    assert pruned(RUNS="full pruned pruned-herding", SCORE="gaussian herding") == pruned(RUNS="full pruned", SCORE="gaussian herding")
+    gaussian, herding = pruned(RUNS="full pruned-herding pruned-dro")
+    assert "--score gaussian" in gaussian and "--features runs/digits/pruned/prune/features.npy" in herding
+    with_budgets = [c.split("--out ")[1] for c in commands_of("cifar10", KEEP="0.1 0.4", RUNS="full pruned-herding") if c.startswith("train.py")]
+    assert with_budgets == ["runs/cifar10/full", "runs/cifar10/pruned-herding", "runs/cifar10/pruned-herding-0.4"]
+
+
 def test_what_somebody_asked_for_is_not_added_to(monkeypatch):
     """REPORT=full chooses runs where nobody did; a run that a comparison has not is refused, not left out."""
     assert plan.choices_of("digits", {"REPORT": "full"}).RUNS.split() == [*plan.ALL_RUNS.split(), "pruned-dro-resample"]
@@ -175,7 +194,7 @@ STAGE = """import os, signal, sys, time
 from types import SimpleNamespace
 RUNS = ("full random random-attach pruned pruned-dro pruned-dro-resample pruned-dro-permuted d2c-select d2c-select-attach full-short random-short "
         "pruned-short").split()
-SCORES = {name: SimpleNamespace(needs="features") for name in ("gaussian", "moderate")}
+SCORES = {name: SimpleNamespace(needs="features") for name in ("gaussian", "moderate", "herding")}
 def parse_args(flags):
     return flags
 if __name__ == "__main__":
