@@ -10,14 +10,16 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+# Before torch, which reads it when it is imported, and takes no more threads than there are cores: as the processes that
+# tests start do. torch.set_num_threads would take more, and round otherwise than they.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import numpy as np
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # torch is imported above, and read it then
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
 

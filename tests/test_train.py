@@ -36,6 +36,7 @@ class Crash(Exception):
 def fast(monkeypatch):
     """Pictures cost more than these runs; the tests that want them ask for the real ones."""
     torch.set_num_threads(1)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")                         # for the processes that a test compares with this one: two threads may round otherwise
     monkeypatch.setattr(train, "preview", lambda *a, **k: None)
     monkeypatch.setattr(train, "loss_plot", lambda rows, path, constant: path.write_bytes(b""))
 
