@@ -48,16 +48,17 @@ def rounded(value):
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
-def rival_of(run, setting):
-    """Whom a run is compared with: the one that was named, else random images; None for itself.
+def rivals_of(run, setting):
+    """Whom a run is compared with: those that were named, else random images; not with itself.
 
     The full run is compared with the first random row, which is what there is to gain.
     """
     rows = setting["rows"]
-    found = setting["rivals"].get(run) or answers.rival_of(rows, run)
-    if run == answers.FULL and found is None:
-        found = next((name for name in rows if answers.family(name) in answers.RANDOM), None)
-    return None if found == run else found
+    named = setting["rivals"].get(run)
+    found = named.split() if named else [answers.rival_of(rows, run)]
+    if run == answers.FULL and found == [None]:
+        found = [next((name for name in rows if answers.family(name) in answers.RANDOM), None)]
+    return [rival for rival in found if rival not in (None, run)]
 
 
 def compared(rows, run, rival, key):
@@ -82,10 +83,10 @@ def lines_of(setting):
              f"{seeds} seeds, {setting['judge']} x {judges}, {first['n'][0]:,} samples a run; mean "
              "± standard deviation over seeds, ± in per cent half a 95 % interval.", ""]
     lines += table([figures_of(run, row) for run, row in rows.items()])
-    rivals = {run: rival_of(run, setting) for run in rows}
-    if any(rivals.values()):
-        lines += ["", *table([{"run": run, "against": rival, **differences(rows, run, rival)}
-                              for run, rival in rivals.items() if rival])]
+    pairs = [{"run": run, "against": rival, **differences(rows, run, rival)}
+             for run in rows for rival in rivals_of(run, setting)]
+    if pairs:
+        lines += ["", *table(pairs)]
     return [*lines, ""]
 
 
@@ -153,8 +154,9 @@ def main(argv=None):
     p.add_argument("--add", nargs=2, metavar=("NAME", "REPORT.json"), help="keep a setting")
     p.add_argument("--title", default="", help="with --add: heading of its table")
     p.add_argument("--command", default="", help="with --add: the command that makes it")
-    p.add_argument("--rivals", nargs="*", default=[], metavar="RUN:RANDOM",
-                   help="with --add: the random row of runs that keep another number of images")
+    p.add_argument("--rivals", nargs="*", default=[], metavar="RUN:RIVALS",
+                   help="with --add: whom runs are compared with, if not with random images of "
+                        "their number (several: in quotes)")
     args = p.parse_args(argv)
     if args.add:
         return add(*args.add, args.title, args.command, args.rivals)
