@@ -2,9 +2,9 @@
 # The whole comparison, from a data set to the report. To resume it, run the same command again: what is done stays.
 #
 #   bash run_all.sh                     digits: four runs of five seeds; embedded, minutes on a CPU
-#   bash run_all.sh cifar10             CIFAR-10 (ROOT=folder where it already lies), one GPU, an evening
-#   QUICK=1 bash run_all.sh cifar10     full, random, Gaussian at 10 % and D2C, short: 25 minutes of one GPU;
-#                                       the report is renewed after every run
+#   bash run_all.sh cifar10             CIFAR-10 (ROOT=folder where it lies), an evening of one GPU (estimated)
+#   QUICK=1 bash run_all.sh cifar10     full, random, Gaussian at 10 % and D2C, short: 25 minutes of one GPU
+#                                       (estimated); the report is renewed after every run
 #   bash run_all.sh FOLDER|FILE         your own images: a folder, .zip, .tar, .npz or .parquet, or hf:NAME
 #   bash run_all.sh imagenet FOLDER     D2C's own setting on ImageNet's training images (a folder per class);
 #                                       needs downloads: SCORER=DiT-XL-2-256x256.pt REFERENCE=ADM's statistics
@@ -13,13 +13,15 @@
 #   bash run_all.sh test                the fast tests
 #
 # Sizes come from the environment:
-#   STEPS KEEP PER_CLASS NUM_SAMPLES SEEDS SIZE MODEL PROCESS RUNS NPROC DEVICE
+#   STEPS KEEP PER_CLASS NUM_SAMPLES SEEDS SIZE MODEL PROCESS NPROC DEVICE
 #   JOBS=n (runs side by side: by default one a GPU; on a CPU one a core, at most 4, where the network is tiny)
 #   REPORT=full (eight runs, trajectories, four guidances)  TRAJECTORY=n (of n samples a point)  OUT (default runs/NAME)
 # and so do choices:
-#   JUDGES=n (networks of scratch)  GUIDANCE="1 1.5" (of the first are pictures and audit)
+#   RUNS="full random random-attach pruned pruned-SCORE pruned-dro pruned-dro-resample pruned-dro-permuted d2c-select
+#   d2c-select-attach full-short random-short pruned-short" (some of them)
+#   JUDGES=n (networks of scratch)  GUIDANCE="1 1.5" (pictures and audit use the first)
 #   SCORER_STEPS=n (a weak scorer instead of the full run)  SHORT=n (steps of full-short random-short pruned-short)
-#   SURROGATE SCORE (of the run pruned; "gaussian moderate" makes two rows, and in RUNS pruned-herding is herding's)
+#   SURROGATE SCORE (of the run pruned; "gaussian moderate" makes two rows, as RUNS="pruned pruned-moderate" does)
 #   TEXT VISUAL INTERVAL JUDGE, and for weights that lie here
 #   SURROGATE_WEIGHTS VISUAL_WEIGHTS JUDGE_WEIGHTS; for imagenet VAE OFFICIAL (dit, sit, mdt, repa or empty) IMAGE_SIZE
 # and flags for the scripts: DATA_FLAGS (data.py, as "--labels-from prefix") DRO (reweight.py) TRAIN (train.py) SAMPLER

@@ -893,7 +893,7 @@ def parse_args(argv=None):
     p.add_argument("--init", help="checkpoint whose EMA is the start, or official weights")
     p.add_argument("--init-classes", choices=("new",),
                    help="with --init: the class table starts anew, for other classes than its own")
-    p.add_argument("--official", choices=OFFICIAL,
+    p.add_argument("--official", choices=(*OFFICIAL, "sd"),
                    help="--init holds official weights of this kind; sets --model and --process")
     p.add_argument("--steps", type=common.number(int, low=0, high=2**40), help="optimizer steps")
     p.add_argument("--batch-size", type=common.batch_type,

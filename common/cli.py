@@ -16,7 +16,13 @@ from common.signals import INTERRUPTED, Stopped, say_stopped, stoppable
 
 # ----------------------------------------------------------------------------------------- flags
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The docstring as it stands, and the default of every flag."""
+    """The docstring as it stands, and the default of every flag that has a value of its own."""
+
+    def _get_help_string(self, action):
+        # "(default: None)" says nothing, and of a switch "(default: False)" neither.
+        if action.default is None or isinstance(action.default, bool):
+            return action.help
+        return super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):

@@ -206,9 +206,9 @@ def load_checkpoint(path, official=None):
     Official training checkpoints carry their flags as an argparse.Namespace. Only for them that one
     class is let in: it has no __setstate__, so loading it sets attributes and runs nothing.
     """
-    need(official != "sd" and not Path(path).is_dir(),
-         f"{path}: a checkpoint is wanted; make a folder of Stable Diffusion one first: train.py "
-         f"--official sd --init {path} --steps 0")
+    need(not Path(path).is_dir(),
+         f"{path}: a folder, where a checkpoint is wanted; of a Stable Diffusion make one first: "
+         f"train.py --official sd --init {path} --steps 0 --data DATA --out OUT")
     if not official:
         return load_pt(path, "a checkpoint of train.py")
     from models.official import official_checkpoint

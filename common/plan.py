@@ -19,7 +19,7 @@ from types import SimpleNamespace
 from common.errors import need, reading
 
 ALL_RUNS = "full random random-attach pruned pruned-dro d2c-select d2c-select-attach"
-# Fewer, with more seeds instead: one decides nothing, and what three said three others did not.
+# Fewer runs and more seeds: what three seeds showed, three others did not confirm.
 DIGITS_RUNS = "full random pruned-herding d2c-select-attach"
 D2C_RUNS = ("random-attach", "d2c-select", "d2c-select-attach")
 DRO_RUNS = ("pruned-dro", "pruned-dro-resample", "pruned-dro-permuted")
@@ -149,6 +149,11 @@ def check_choices(what, c):
         need(set(c.RUNS.split()) & {"pruned", "pruned-short", *DRO_RUNS},
              f"SCORE={c.SCORE} does nothing without a run that prunes by it; add "
              f"RUNS=\"{c.RUNS} pruned\"")
+    first, *others = c.SCORE.split()
+    need(not others or "pruned" in c.RUNS.split() or c.SCORE == OF_DATA[what].get("SCORE"),
+         f"SCORE=\"{c.SCORE}\": only the run pruned has a row of every score, the others take "
+         f"{first}; add RUNS=\"{c.RUNS} pruned\", or name a score: RUNS=\"{c.RUNS} "
+         f"pruned-{' pruned-'.join(others)}\"")
     judges = c.JUDGE.split()
     if "ddae" in judges:
         need(c.JUDGE_WEIGHTS, f"JUDGE={c.JUDGE}: ddae needs JUDGE_WEIGHTS=CHECKPOINT, a model that "

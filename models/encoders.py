@@ -201,7 +201,7 @@ class Clip(Network):
             raise FileNotFoundError(
                 f"encoder clip: cannot load {where} ({one_line(e, 160)}); put a copy of "
                 f"https://huggingface.co/{ENCODERS['clip'].weights} into a folder and pass it "
-                "(--encoder-weights PATH)") from e
+                "(--help names the flag)") from e
         if info["missing_keys"]:
             # Important! Transformers would go on with random weights.
             raise ValueError(f"{where}: not the weights of a CLIP image encoder: "
@@ -328,10 +328,6 @@ class Spec:
     logits: bool = False     # whether it tells classes apart
     is_fid: bool = False     # whether a Frechet distance in its space is called FID
     weights: str = None      # the usual ones: an address, a package, or a name of the hub
-
-    @property
-    def needs_checkpoint(self):
-        return self.source == "checkpoint"
 
     @property
     def needs_labels(self):
@@ -562,7 +558,7 @@ def packaged(name, spec):
     if len(files) != 1:
         raise FileNotFoundError(f"encoder {name}: {len(files)} files of weights in the package "
                                 f"{spec.weights}; install it again, or pass one "
-                                "(--encoder-weights PATH)")
+                                "(--help names the flag)")
     return files[0]
 
 
@@ -571,7 +567,7 @@ def downloaded(name, spec):
     url = spec.weights
     if url is None:
         raise ValueError(f"encoder {name} reads {SOURCES[spec.source]}: pass the file "
-                         "(--encoder-weights PATH)")
+                         "(--help names the flag)")
     try:
         # The hash is checked where the name of the file carries one.
         return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True,
@@ -583,7 +579,7 @@ def downloaded(name, spec):
         raise FileNotFoundError(
             f"encoder {name}: its weights are not on this machine and could not be downloaded "
             f"({one_line(e)}); put {url} at {path}, or anywhere and pass it "
-            "(--encoder-weights PATH)") from e
+            "(--help names the flag)") from e
 
 
 def damaged(path, name, error):

@@ -12,8 +12,8 @@ from models.conditioning import timestep_embedding
 from models.mdt import MDTS
 from models.sit import SITS, SIZES
 
-# The kinds of published weights; those of Stable Diffusion (sd) are a folder: models/sd.py.
-OFFICIAL = ("dit", "sit", "mdt", "sd", "repa")
+# The kinds of published weights that are one file; train.py also knows sd, a folder: models/sd.py.
+OFFICIAL = ("dit", "sit", "mdt", "repa")
 # What the official networks were trained behind.
 SD_VAE = "stabilityai/sd-vae-ft-ema"
 SD_SCALE = 0.18215

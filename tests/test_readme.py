@@ -423,3 +423,12 @@ def test_the_equation_map_names_what_exists():
 
 def test_the_table_of_encoders_is_that_of_the_code():
     assert f"```\n{encoders.describe()}\n```" in PAGES["docs/scale.md"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_names_defaults_that_are_values(script, capsys):
+    with pytest.raises(SystemExit) as end:
+        importlib.import_module(script).parse_args(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert end.value.code == 0 and not re.search(r"\(default: (None|True|False)\)", text)
+    assert "--out" in text and "(default: " in text

@@ -64,7 +64,7 @@ def checked(what, source, **env):
         ("PROCESS", "train.py: argument --process: invalid choice", "sde"), ("QUICK", "", "yes")) for value in values.split()),
     ({"STEPS": "0"}, [], "STEPS=0: must be"), ({"JOBS": "2", "NPROC": "2"}, [], "use one of both"), ({"SEEDS": "00"}, [], "SEEDS=00: must be"), ({"SIZE": "8x8"}, ["cifar10", "cifar10"], "data.py: argument --size: 8x8"),
     ({"SCORE": "gaussian gausian", "RUNS": "full random pruned"}, [], "gausian"),
-    ({"SCORE": "moderate"}, [], "SCORE=moderate does nothing without a run that prunes by it"), ({"RUNS": "full pruned-hurding"}, [], "pruned-hurding is none of full"), ({"SURROGATE": "incepton", "RUNS": "full pruned"}, [], "incepton"), ({"VISUAL": "dino"}, [], "dino"), ({"VISUAL": "inception"}, [], "inception"),
+    ({"SCORE": "moderate"}, [], "SCORE=moderate does nothing without a run that prunes by it"), ({"SCORE": "gaussian herding", "RUNS": "full pruned-dro"}, [], "or name a score: RUNS=\"full pruned-dro pruned-herding\""), ({"RUNS": "full pruned-hurding"}, [], "pruned-hurding is none of full"), ({"SURROGATE": "incepton", "RUNS": "full pruned"}, [], "incepton"), ({"VISUAL": "dino"}, [], "dino"), ({"VISUAL": "inception"}, [], "inception"),
     ({"JUDGE": "fid"}, [], "fid"), ({"SIZE": "16"}, [], "SIZE=16 does nothing with digits"),
     ({"JUDGE": "ddae scratch"}, [], "ddae needs JUDGE_WEIGHTS"), ({"TRAIN": '--lr "1'}, [], "TRAIN: not a readable list of flags"),
     ({"JUDGE": "scratch ddae", "JUDGE_WEIGHTS": "run_all.sh"}, [], "name ddae first")])

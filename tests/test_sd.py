@@ -329,5 +329,5 @@ def test_a_folder_in_the_place_of_a_checkpoint_is_told_what_to_do(data, tmp_path
     assert "--model sd goes on from given weights" in refused(capsys, data, tmp_path / "r", init=None)
     assert "--lora puts adapters beside" in refused(capsys, data, tmp_path / "r", lora=4)
     with pytest.raises(SystemExit):
-        reweight.main(["--data", str(data), "--reference", str(tmp_path / "sd"), "--official", "sd", "--out", str(tmp_path / "r")])
-    assert "make a folder of Stable Diffusion one first" in capsys.readouterr().err
+        reweight.main(["--data", str(data), "--reference", str(tmp_path / "sd"), "--out", str(tmp_path / "r")])
+    assert "of a Stable Diffusion make one first: train.py --official sd --init" in capsys.readouterr().err
