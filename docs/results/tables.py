@@ -2,6 +2,7 @@
 
     python docs/results/tables.py                       every table
     python docs/results/tables.py digits-15             one of them
+    python docs/results/tables.py --by-guidance digits-15       against random at each guidance
     python docs/results/tables.py --add digits-15 runs/digits/report/report.json \\
         --title "Digits, SiT-T/2, 800 steps" --command "SEEDS=... bash run_all.sh"
 
@@ -101,7 +102,7 @@ def figures_of(run, row):
     cells = {"run": run, "images": f"{row['kept'][0]:,}", "FD, guidance 1": by_seed["fd"]}
     figures = {**cells, "best guidance": best, "of the images": by_seed.get("fd_subset", []),
                "early FD": by_seed.get("area", []), "recall": by_seed.get("recall", []),
-               "copied": row.get("memo", [])}
+               "copied": row.get("memo", []), "look-alikes": row.get("memo_alike", [])}
     figures["worst three classes"] = by_seed["worst_three"] if shows_classes(row) else []
     return {name: value if isinstance(value, str) else answers.cell(list(value), "{:.2f}")
             for name, value in figures.items()}
@@ -117,6 +118,22 @@ def differences(rows, run, rival):
     return {heading: compared(rows, run, rival, key)
             if key != "worst_three" or shows_classes(rows[run]) else "-"
             for key, heading in COMPARED.items()}
+
+
+def by_guidance(setting):
+    """The differences where both runs take the same guidance, which is each run's own elsewhere."""
+    rows = setting["rows"]
+    found = []
+    for run in rows:
+        for rival in rivals_of(run, setting):
+            cells = {"run": run, "against": rival}
+            for cfg in rows[run]["by_guidance"]:
+                # An effect reads the FD of a row; here that of one guidance.
+                at_one = {name: {**rows[name], "judged": {"fd": rows[name]["by_guidance"][cfg]}}
+                          for name in {run, rival, answers.FULL} & set(rows)}
+                cells[f"FD, guidance {cfg}"] = compared(at_one, run, rival, "fd")
+            found.append(cells)
+    return [f"### {setting['title']}: at the same guidance", "", *table(found), ""]
 
 
 def table(rows):
@@ -151,6 +168,8 @@ def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("names", nargs="*", help="settings to print; default: all, and the power gate")
+    p.add_argument("--by-guidance", action="store_true",
+                   help="the differences at each guidance instead")
     p.add_argument("--add", nargs=2, metavar=("NAME", "REPORT.json"), help="keep a setting")
     p.add_argument("--title", default="", help="with --add: heading of its table")
     p.add_argument("--command", default="", help="with --add: the command that makes it")
@@ -165,10 +184,11 @@ def main(argv=None):
     unknown = set(args.names) - set(settings)
     if unknown:
         p.error(f"{', '.join(sorted(unknown))}: there is {', '.join(settings)}")
-    if not args.names:
+    if not args.names and not args.by_guidance:
         print("\n".join(gate(settings)))
     for name in args.names or settings:
-        print("\n".join(lines_of(settings[name])))
+        printed = by_guidance if args.by_guidance else lines_of
+        print("\n".join(printed(settings[name])))
 
 
 if __name__ == "__main__":
