@@ -35,6 +35,7 @@ def made(tables, tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "HERE", tmp_path)
     (tmp_path / "report.json").write_text(json.dumps({"judge": "scratch", "rows": rows}))
     tables.main(["--add", "small", str(tmp_path / "report.json"), "--title", "Small", "--command", "a b"])
+    tables.main(["--add", "timed", str(tmp_path / "report.json"), "--title", "Timed", "--command", "a b", "--timed", "--rivals", "pruned:full random"])
     (tmp_path / "report.json").unlink()
     return fds
 
@@ -69,7 +70,24 @@ def test_the_gate_opens_where_there_is_twice_as_much_to_gain(tables):
 def test_what_does_not_stand_there_is_named(tables, made, capsys):
     with pytest.raises(SystemExit) as e:
         tables.main(["other"])
-    assert e.value.code == 2 and "other: there is small" in capsys.readouterr().err
+    assert e.value.code == 2 and "other: there is small, timed" in capsys.readouterr().err
+
+
+def test_seconds_and_several_rivals_are_asked_for(tables, made, capsys):
+    tables.main(["small", "timed"])
+    small, timed = capsys.readouterr().out.split("### Timed")
+    assert "train s" not in small and "| train s |" in timed and timed.count("| 2 ± 1 |") == 3
+    assert re.findall(r"\| pruned \| ([a-z]+) \|", small) == ["random"] and re.findall(r"\| pruned \| ([a-z]+) \|", timed) == ["full", "random"]
+
+
+def test_the_differences_at_one_guidance(tables, made, capsys):
+    """At guidance 1, the only one here, they are those of the FD at guidance 1, and not those of the best."""
+    tables.main(["small"])
+    usual = dict(re.findall(r"\| (\w+) \| random \| ([^|]+) \|", capsys.readouterr().out))
+    tables.main(["--by-guidance", "small"])
+    out = capsys.readouterr().out
+    assert out.startswith("### Small: at the same guidance") and "| FD, guidance 1 |" in out and len(usual) == 2
+    assert dict(re.findall(r"\| (\w+) \| random \| ([^|]+) \|", out)) == usual
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)

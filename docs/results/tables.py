@@ -26,14 +26,16 @@ COMPARED = {"fd": "FD, guidance 1", "best_fd": "FD, best guidance", "area": "ear
             "worst_three": "worst three classes"}
 KEPT = ("seed", "kept", "steps", "epochs", "n", "worst_three_n", "memo", "memo_alike",
         "best_guidance", "judged", "by_guidance")
+TIMES = ("seconds", "preparation")
 WORST_N = 400            # samples a class, from which on the FD of the worst classes is shown
 
 
 # ------------------------------------------------------------------------------------ one setting
-def add(name, file, title, command, rivals):
-    """Write NAME.json: the rows of a report, rounded."""
+def add(name, file, title, command, rivals, timed):
+    """Write NAME.json: the rows of a report, rounded. timed: with their seconds."""
+    kept = KEPT + TIMES if timed else KEPT
     made = json.loads(Path(file).read_text(encoding="utf-8"))
-    rows = {run: rounded({key: row[key] for key in KEPT if key in row})
+    rows = {run: rounded({key: row[key] for key in kept if key in row})
             for run, row in made["rows"].items()}
     text = json.dumps({"title": title, "command": command, "judge": made["judge"],
                        "rivals": dict(pair.split(":") for pair in rivals), "rows": rows})
@@ -104,8 +106,11 @@ def figures_of(run, row):
                "early FD": by_seed.get("area", []), "recall": by_seed.get("recall", []),
                "copied": row.get("memo", []), "look-alikes": row.get("memo_alike", [])}
     figures["worst three classes"] = by_seed["worst_three"] if shows_classes(row) else []
-    return {name: value if isinstance(value, str) else answers.cell(list(value), "{:.2f}")
-            for name, value in figures.items()}
+    cells = {name: value if isinstance(value, str) else answers.cell(list(value), "{:.2f}")
+             for name, value in figures.items()}
+    for key, heading in zip(TIMES, ("train s", "prepare s")):
+        cells[heading] = answers.cell(row.get(key, []), "{:.0f}")
+    return cells
 
 
 def shows_classes(row):
@@ -176,9 +181,11 @@ def main(argv=None):
     p.add_argument("--rivals", nargs="*", default=[], metavar="RUN:RIVALS",
                    help="with --add: whom runs are compared with, if not with random images of "
                         "their number (several: in quotes)")
+    p.add_argument("--timed", action="store_true",
+                   help="with --add: keep the seconds too; nothing else ran beside it")
     args = p.parse_args(argv)
     if args.add:
-        return add(*args.add, args.title, args.command, args.rivals)
+        return add(*args.add, args.title, args.command, args.rivals, args.timed)
     files = sorted(HERE.glob("*.json"))
     settings = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
     unknown = set(args.names) - set(settings)
