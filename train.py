@@ -43,6 +43,7 @@ import copy
 import functools
 import json
 import math
+import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -865,8 +866,18 @@ def steps_left(path, state, steps):
 
 
 # ---------------------------------------------------------------------------- command line
+def list_presets():
+    """The flags that every preset stands for, one paragraph each."""
+    paragraphs = []
+    for name, preset in PRESETS.items():
+        flags = " ".join(f"{flag}={value}" for flag, value in preset.items())
+        paragraphs.append(textwrap.fill(flags, 80, initial_indent=f"{name:<10}",
+                                        subsequent_indent=" " * 10))
+    return "\n".join(paragraphs)
+
+
 def parse_args(argv=None):
-    p = common.Parser(__doc__)
+    p = common.Parser(__doc__, epilog=f"presets, where no flag says otherwise:\n{list_presets()}")
     p.add_argument("--data", required=True, help="data folder made by data.py")
     p.add_argument("--out", required=True, help="run folder")
     p.add_argument("--indices", help="keep.npy: train on these images only")

@@ -110,6 +110,9 @@ def choices_of(what, env):
             # In quotes a shell leaves it as it is.
             value = os.path.expanduser(value)
         setattr(c, name, " ".join(value.split()) if name in LISTS else value)
+    if not env.get("SCORE") and "pruned" not in c.RUNS.split():
+        # Nobody asked for the rows of further scores.
+        c.SCORE = c.SCORE.split()[0]
     if what == "digits" and not c.KEEP and not c.SHORT:
         # As many epochs as the full run's: a class of digits has 150 images.
         c.SHORT = str(max(1, integer(c.STEPS, 1) * integer(c.PER_CLASS, 1) // 150))
@@ -149,11 +152,14 @@ def check_choices(what, c):
         need(set(c.RUNS.split()) & {"pruned", "pruned-short", *DRO_RUNS},
              f"SCORE={c.SCORE} does nothing without a run that prunes by it; add "
              f"RUNS=\"{c.RUNS} pruned\"")
+    runs = c.RUNS.split()
     first, *others = c.SCORE.split()
-    need(not others or "pruned" in c.RUNS.split() or c.SCORE == OF_DATA[what].get("SCORE"),
+    need(not others or "pruned" in runs,
          f"SCORE=\"{c.SCORE}\": only the run pruned has a row of every score, the others take "
-         f"{first}; add RUNS=\"{c.RUNS} pruned\", or name a score: RUNS=\"{c.RUNS} "
-         f"pruned-{' pruned-'.join(others)}\"")
+         f"{first}; add RUNS=\"{c.RUNS} pruned\", or take SCORE={first} and add to RUNS the runs "
+         f"pruned-{' pruned-'.join(others)}")
+    need("pruned" not in runs or f"pruned-{first}" not in runs,
+         f"RUNS=\"{c.RUNS}\": pruned is pruned-{first}, the first of SCORE; leave one out")
     judges = c.JUDGE.split()
     if "ddae" in judges:
         need(c.JUDGE_WEIGHTS, f"JUDGE={c.JUDGE}: ddae needs JUDGE_WEIGHTS=CHECKPOINT, a model that "
@@ -455,12 +461,10 @@ class Comparison:
             others = []
         for score in dict.fromkeys([*others, *scores_of(c.RUNS)]):
             run = f"pruned-{score}{end}"
-            kept = self.prune(run, score, budget, **self.features(first, score, keep))
-            self.train_sample(run, indices=kept)
-            if not keep:
-                # What the next one may share; there are no class weights then.
-                first = score
-                keep = kept
+            # Important! A run that is named shares nothing, so its command is the same whichever
+            # runs are named beside it: else a folder could not be gone on with after one is added.
+            features = self.features(first, score, keep if score in others else "")
+            self.train_sample(run, indices=self.prune(run, score, budget, **features))
         if self.wants(*DRO_RUNS):
             out = self.place(f"pruned-dro{end}") + "/reweight"
             self.add("reweight.py", data=self.data, indices=keep, reference=self.reference,
@@ -486,7 +490,7 @@ class Comparison:
     def features(self, first, score, keep):
         """What a further score reads: the features of the first, where both look at features.
 
-        keep: the file of kept indices that the first left, "" where there is no first.
+        keep: the file of kept indices that the first left, "" where nothing of it is to be shared.
         """
         scores = importlib.import_module("prune").SCORES
         if score not in scores or scores[score].needs != "features":

@@ -30,7 +30,8 @@ from common.signals import ENDS, code_of, listen
 def check_commands(comparison):
     """UserError at the first command that its script would refuse, or that overwrites another's."""
     scores = importlib.import_module("prune").SCORES
-    known = [*importlib.import_module("report").RUNS, *(f"pruned-{score}" for score in scores)]
+    known = [*importlib.import_module("report").RUNS,
+             *(f"pruned-{score}" for score in scores if score != "random")]
     for run in comparison.c.RUNS.split():
         need(run in known, f"RUNS: {run} is none of {' '.join(known)}")
     for command in comparison.commands:

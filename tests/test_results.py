@@ -31,7 +31,8 @@ def made(tables, tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     fds = {name: rng.uniform(1, 2, (2, 3)) for name in ("full", "random", "pruned")}
     rows = {name: {"seed": [0, 1], "kept": [150, 150], "steps": [8, 8], "epochs": [1, 1], "n": [60, 60], "worst_three_n": [400, 400], "memo": [0.5, None], "memo_alike": [None, None], "seconds": [1.0, 2.0],
-                   "judged": {"fd": fd.tolist(), "best_fd": (fd / 2).tolist(), "worst_three": (3 * fd).tolist()}, "best_guidance": [1.0, 1.5], "by_guidance": {"1": fd.tolist()}} for name, fd in fds.items()}
+                   "judged": {"fd": fd.tolist(), "best_fd": (fd / 2).tolist(), "worst_three": (3 * fd).tolist()}, "best_guidance": [1.0, 1.5],
+                   "by_guidance": {"1": fd.tolist(), "2": rng.uniform(1, 2, (2, 3)).tolist()}} for name, fd in fds.items()}
     monkeypatch.setattr(tables, "HERE", tmp_path)
     (tmp_path / "report.json").write_text(json.dumps({"judge": "scratch", "rows": rows}))
     tables.main(["--add", "small", str(tmp_path / "report.json"), "--title", "Small", "--command", "a b"])
@@ -81,13 +82,30 @@ def test_seconds_and_several_rivals_are_asked_for(tables, made, capsys):
 
 
 def test_the_differences_at_one_guidance(tables, made, capsys):
-    """At guidance 1, the only one here, they are those of the FD at guidance 1, and not those of the best."""
-    tables.main(["small"])
-    usual = dict(re.findall(r"\| (\w+) \| random \| ([^|]+) \|", capsys.readouterr().out))
+    """Two seeds and three judges by a plain sum; and a setting whose figures are of one guidance alone does not stop the others."""
+    file = tables.HERE / "small.json"
+    kept = json.loads(file.read_text())
     tables.main(["--by-guidance", "small"])
     out = capsys.readouterr().out
-    assert out.startswith("### Small: at the same guidance") and "| FD, guidance 1 |" in out and len(usual) == 2
-    assert dict(re.findall(r"\| (\w+) \| random \| ([^|]+) \|", out)) == usual
+    assert out.startswith("### Small: at the same guidance") and "| FD, guidance 1 | FD, guidance 2 |" in out
+    (printed,) = re.findall(r"\| pruned \| random \| ([^|]+) \| ([^|]+) \|", out)
+    for said, cfg in zip(printed, ("1", "2")):
+        mine, theirs = (np.array(kept["rows"][name]["by_guidance"][cfg]) for name in ("pruned", "random"))
+        change = sum((mine[s, j] - theirs[s, j]) / theirs[:, j].mean() for s in range(2) for j in range(3)) / 6
+        assert said.startswith(f"{change:+.0%}".replace("%", " % ±")), (said, change)
+    for row in kept["rows"].values():
+        del row["by_guidance"]
+    file.write_text(json.dumps(kept))
+    tables.main(["--by-guidance"])
+    out = capsys.readouterr().out
+    assert "### Small: its figures say nothing of single guidances" in out and "### Timed: at the same guidance" in out
+
+
+def test_the_page_holds_the_differences_at_one_guidance(tables):
+    page = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    (name,) = re.findall(r"tables.py --by-guidance ([\w-]+)`", page)
+    lines = tables.by_guidance(json.loads((ROOT / f"docs/results/{name}.json").read_text(encoding="utf-8")))[2:]
+    assert len(lines) > 4 and not [line for line in lines if line not in page]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)

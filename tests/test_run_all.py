@@ -64,7 +64,8 @@ def checked(what, source, **env):
         ("PROCESS", "train.py: argument --process: invalid choice", "sde"), ("QUICK", "", "yes")) for value in values.split()),
     ({"STEPS": "0"}, [], "STEPS=0: must be"), ({"JOBS": "2", "NPROC": "2"}, [], "use one of both"), ({"SEEDS": "00"}, [], "SEEDS=00: must be"), ({"SIZE": "8x8"}, ["cifar10", "cifar10"], "data.py: argument --size: 8x8"),
     ({"SCORE": "gaussian gausian", "RUNS": "full random pruned"}, [], "gausian"),
-    ({"SCORE": "moderate"}, [], "SCORE=moderate does nothing without a run that prunes by it"), ({"SCORE": "gaussian herding", "RUNS": "full pruned-dro"}, [], "or name a score: RUNS=\"full pruned-dro pruned-herding\""), ({"RUNS": "full pruned-hurding"}, [], "pruned-hurding is none of full"), ({"SURROGATE": "incepton", "RUNS": "full pruned"}, [], "incepton"), ({"VISUAL": "dino"}, [], "dino"), ({"VISUAL": "inception"}, [], "inception"),
+    ({"SCORE": "moderate"}, [], "SCORE=moderate does nothing without a run that prunes by it"), ({"SCORE": "gaussian herding", "RUNS": "full pruned-dro"}, [], "or take SCORE=gaussian and add to RUNS the runs pruned-herding"), ({"RUNS": "full pruned pruned-gaussian"}, [], "pruned is pruned-gaussian"),
+    ({"RUNS": "full pruned-random"}, [], "pruned-random is none of full"), ({"SCORE": "gaussian moderate", "RUNS": "full pruned-dro"}, [], "only the run pruned has a row of every score"), ({"RUNS": "full pruned-hurding"}, [], "pruned-hurding is none of full"), ({"SURROGATE": "incepton", "RUNS": "full pruned"}, [], "incepton"), ({"VISUAL": "dino"}, [], "dino"), ({"VISUAL": "inception"}, [], "inception"),
     ({"JUDGE": "fid"}, [], "fid"), ({"SIZE": "16"}, [], "SIZE=16 does nothing with digits"),
     ({"JUDGE": "ddae scratch"}, [], "ddae needs JUDGE_WEIGHTS"), ({"TRAIN": '--lr "1'}, [], "TRAIN: not a readable list of flags"),
     ({"JUDGE": "scratch ddae", "JUDGE_WEIGHTS": "run_all.sh"}, [], "name ddae first")])
@@ -136,7 +137,7 @@ def test_guidances_judges_and_a_weak_scorer():
 
 
 def test_a_score_may_be_named_as_a_run():
-    """Of a score that RUNS names there is that row alone; the features are made once, whoever comes first."""
+    """Of a score that RUNS names there is that row alone, and its command is the same whoever is named beside it: a folder can be gone on with."""
     def pruned(**env):
         return [c for c in commands_of("digits", SEEDS="0", SURROGATE="ddae", **env) if c.startswith("prune.py") and "random" not in c]
 
@@ -144,12 +145,15 @@ def test_a_score_may_be_named_as_a_run():
     assert "--surrogate ddae" in herding and "--score herding --per-class 5" in herding and herding.endswith("--out runs/digits/pruned-herding/prune")
     (default,) = pruned()
     assert default == herding
-    first, second, no_features = pruned(RUNS="full pruned-herding pruned-moderate pruned-el2n")
-    assert "--surrogate ddae" in first and "--features runs/digits/pruned-herding/prune/features.npy" in second and "--surrogate" not in no_features
+    no_features, again, moderate = pruned(RUNS="full pruned-el2n pruned-herding pruned-moderate")
+    assert "--surrogate" not in no_features and again == herding and "--surrogate ddae" in moderate
     # Beside SCORE's own rows it changes none of them, and no row comes twice.
     assert pruned(RUNS="full pruned pruned-herding", SCORE="gaussian herding") == pruned(RUNS="full pruned", SCORE="gaussian herding")
-    gaussian, herding = pruned(RUNS="full pruned-herding pruned-dro")
-    assert "--score gaussian" in gaussian and "--features runs/digits/pruned/prune/features.npy" in herding
+    for more in ("pruned", "pruned-dro", "random pruned-short"):
+        gaussian, again = pruned(RUNS=f"full pruned-herding {more}")
+        assert "--score gaussian" in gaussian and again == herding
+    # A data set's own further scores are not asked for where no run takes them; those of a user are refused (above).
+    assert plan.choices_of("cifar10", {"RUNS": "full pruned-dro"}).SCORE == "gaussian" and plan.choices_of("cifar10", {}).SCORE == "gaussian moderate"
     with_budgets = [c.split("--out ")[1] for c in commands_of("cifar10", KEEP="0.1 0.4", RUNS="full pruned-herding") if c.startswith("train.py")]
     assert with_budgets == ["runs/cifar10/full", "runs/cifar10/pruned-herding", "runs/cifar10/pruned-herding-0.4"]
 
