@@ -41,17 +41,28 @@ report() {       # NAME, and flags for evaluate.py
     python report.py $all --encoder scratch --out "$out/report-$1"
 }
 
+surrogate() {    # no seed changes the network's features: they are made once
+    python prune.py --data $data --surrogate efficientnet_lite0 --score gaussian --keep 0.4 --out "$out/surrogate"
+}
+
 gate() {
     for n in 10 20 100; do
         random "random-$n" $n
         train "random-$n" "$steps" --indices "$out/random-$n$tail/prune/keep.npy"
     done
+    # Where there is most to gain, the rule that is best on digits, by the full run's features and by ImageNet's.
+    surrogate
+    for by in ddae lite0; do
+        features="--features $out/surrogate/features.npy" set=$out/herding-10-$by$tail/prune
+        [ $by = lite0 ] || features="--surrogate ddae --weights $out/full$tail/last.pt"
+        python prune.py --data $data $features --score herding --per-class 10 --seed "$seed" --out "$set"
+        train herding-10-$by "$steps" --indices "$set/keep.npy"
+    done
 }
 
 # Li et al.: the score's images for as many epochs as the full run had, beside random ones and all of them, as briefly
 speed() {
-    # No seed changes the network's features: they are made once.
-    python prune.py --data $data --surrogate efficientnet_lite0 --score gaussian --keep 0.4 --out "$out/surrogate"
+    surrogate
     for keep in 0.4 0.1; do
         short=$(python -c "print(round($keep * $steps))") set=$out/pruned-$keep$tail/prune
         random "random-short-$keep" $(python -c "print(round($keep * 5000))")
