@@ -104,13 +104,15 @@ def choices_of(what, env):
     c = SimpleNamespace()
     for name, value in defaults.items():
         given = env.get(name)
+        if given and name in LISTS and not given.strip():
+            given = None
         if given or (given == "" and name in MAY_BE_EMPTY):
             value = given
         if value == "~" or value.startswith("~/"):
             # In quotes a shell leaves it as it is.
             value = os.path.expanduser(value)
         setattr(c, name, " ".join(value.split()) if name in LISTS else value)
-    if not env.get("SCORE") and "pruned" not in c.RUNS.split():
+    if not env.get("SCORE", "").strip() and "pruned" not in c.RUNS.split():
         # Nobody asked for the rows of further scores.
         c.SCORE = c.SCORE.split()[0]
     if what == "digits" and not c.KEEP and not c.SHORT:
@@ -461,8 +463,8 @@ class Comparison:
             others = []
         for score in dict.fromkeys([*others, *scores_of(c.RUNS)]):
             run = f"pruned-{score}{end}"
-            # Important! A run that is named shares nothing, so its command is the same whichever
-            # runs are named beside it: else a folder could not be gone on with after one is added.
+            # A run that RUNS alone asks for shares nothing, so its command is the same whichever
+            # runs stand beside it: else a folder could not be gone on with after one is added.
             features = self.features(first, score, keep if score in others else "")
             self.train_sample(run, indices=self.prune(run, score, budget, **features))
         if self.wants(*DRO_RUNS):

@@ -152,6 +152,7 @@ def test_a_score_may_be_named_as_a_run():
     for more in ("pruned", "pruned-dro", "random pruned-short"):
         gaussian, again = pruned(RUNS=f"full pruned-herding {more}")
         assert "--score gaussian" in gaussian and again == herding
+    assert pruned(SCORE=" ") == pruned()                                  # a blank is no list
     # A data set's own further scores are not asked for where no run takes them; those of a user are refused (above).
     assert plan.choices_of("cifar10", {"RUNS": "full pruned-dro"}).SCORE == "gaussian" and plan.choices_of("cifar10", {}).SCORE == "gaussian moderate"
     with_budgets = [c.split("--out ")[1] for c in commands_of("cifar10", KEEP="0.1 0.4", RUNS="full pruned-herding") if c.startswith("train.py")]
