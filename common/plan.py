@@ -23,6 +23,8 @@ ALL_RUNS = "full random random-attach pruned pruned-dro d2c-select d2c-select-at
 DIGITS_RUNS = "full random pruned-herding d2c-select-attach"
 D2C_RUNS = ("random-attach", "d2c-select", "d2c-select-attach")
 DRO_RUNS = ("pruned-dro", "pruned-dro-resample", "pruned-dro-permuted")
+# What takes the images of the first score of SCORE.
+SCORE_RUNS = ("pruned", "pruned-short", *DRO_RUNS)
 # The same for as many epochs as the full run: as much shorter as the subset is smaller.
 SHORT_RUNS = ("full-short", "random-short", "pruned-short")
 # Networks of ImageNet that a Python package brings, for pictures that are large enough for them.
@@ -101,18 +103,18 @@ def choices_of(what, env):
     if env.get("REPORT") == "full" and not what.startswith("imagenet"):
         # With the other way to use the weights.
         defaults.update(GUIDANCE="1 1.25 1.5 2", RUNS=f"{ALL_RUNS} pruned-dro-resample")
+    # A list of nothing was not given.
+    env = {name: value for name, value in env.items() if name not in LISTS or value.strip()}
     c = SimpleNamespace()
     for name, value in defaults.items():
         given = env.get(name)
-        if given and name in LISTS and not given.strip():
-            given = None
         if given or (given == "" and name in MAY_BE_EMPTY):
             value = given
         if value == "~" or value.startswith("~/"):
             # In quotes a shell leaves it as it is.
             value = os.path.expanduser(value)
         setattr(c, name, " ".join(value.split()) if name in LISTS else value)
-    if not env.get("SCORE", "").strip() and "pruned" not in c.RUNS.split():
+    if "SCORE" not in env and "pruned" not in c.RUNS.split():
         # Nobody asked for the rows of further scores.
         c.SCORE = c.SCORE.split()[0]
     if what == "digits" and not c.KEEP and not c.SHORT:
@@ -151,7 +153,7 @@ def check_choices(what, c):
     need(not c.SIZE or what not in ("digits", "imagenet", "imagenet-pruning"),
          f"SIZE={c.SIZE} does nothing with {what}; leave it out")
     if c.SCORE not in (DEFAULTS["SCORE"], OF_DATA[what].get("SCORE")):
-        need(set(c.RUNS.split()) & {"pruned", "pruned-short", *DRO_RUNS},
+        need(set(c.RUNS.split()) & set(SCORE_RUNS),
              f"SCORE={c.SCORE} does nothing without a run that prunes by it; add "
              f"RUNS=\"{c.RUNS} pruned\"")
     runs = c.RUNS.split()
@@ -455,7 +457,7 @@ class Comparison:
         c = self.c
         first, *others = c.SCORE.split()
         keep = ""
-        if self.wants("pruned", "pruned-short", *DRO_RUNS):
+        if self.wants(*SCORE_RUNS):
             keep = self.prune(f"pruned{end}", first, budget, **self.surrogate())
         if self.wants("pruned"):
             self.train_sample(f"pruned{end}", indices=keep)
